@@ -1,0 +1,1 @@
+"""Text in, calibration statistics out: sources, windows, layer inputs, Hessians, token importance."""

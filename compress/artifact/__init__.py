@@ -1,0 +1,1 @@
+"""What a run leaves behind: a folder that standard tools load."""

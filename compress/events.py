@@ -1,0 +1,76 @@
+"""What a run tells while it works: small records, handed to the ``on_event`` function of :func:`compress.run`.
+
+The pipeline doesn't know who listens: the command line draws a progress bar, a notebook or a server may do otherwise.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["info", "warning"]
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage begins; ``total`` is its number of layers, 0 when it doesn't go layer by layer."""
+
+    name: str
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class LayerStarted:
+    """A decoder layer is taken in hand; ``index`` counts from 0."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ModuleDone:
+    """One linear module is quantized.
+
+    Attributes:
+        name: as in the checkpoint, without ``.weight``.
+        bits: width of a code.
+        group_size: columns a scale; -1 is a whole output channel.
+        relative_error: ``||(W - W_hat) X||^2 / ||W X||^2``; None or NaN when there was no calibration input.
+        damp: damping of the Hessian that was used; None or NaN when none was needed.
+        seconds: time spent on this module.
+        note: a fallback that was taken, empty if none.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    relative_error: float | None
+    damp: float | None
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """A decoder layer is finished and, in a resumable stage, safely on disk; ``index`` counts from 0."""
+
+    index: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Message:
+    """One line for the user."""
+
+    text: str
+    level: Level = "info"
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A stage is finished."""
+
+    name: str
+    seconds: float
+
+
+Event = StageStarted | LayerStarted | ModuleDone | LayerDone | Message | StageDone

@@ -1,0 +1,391 @@
+"""A pretrained model, seen layer by layer: its facts from the config alone, its weights one decoder layer at a time."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from yaml import YAMLError
+
+from compress.calibrate.errors import InputError
+from compress.checkpoint import Checkpoint, SafetensorsCheckpoint, check_tensors, read_json
+from compress.families import Family, check_config, family_of
+from compress.gguf_reader import GgufCheckpoint
+from compress.source import Source, download, hub_config_folder, hub_weight_bytes, locate
+
+_CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """One linear layer: its full module name, ``weight`` is ``[out_features, in_features]``."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before any of its weights is read.
+
+    Attributes:
+        source: how the user named the model.
+        name: Hub id, folder name, or the name in the GGUF file.
+        config: transformers' config, without a quantization_config.
+        family: the facts of its architecture.
+        dtype: the type the weights are stored in; float16 for a quantized GGUF file.
+        tied: the output head is the embedding matrix.
+        layer_shapes: shapes of the parameters of one decoder layer, by names relative to it; all layers are alike.
+        checkpoint_bytes: size of the weight files (the size in ``dtype`` if the Hub wouldn't say).
+    """
+
+    source: str
+    name: str
+    config: PreTrainedConfig
+    family: Family
+    dtype: torch.dtype
+    tied: bool
+    layer_shapes: Mapping[str, tuple[int, ...]]
+    checkpoint_bytes: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head; not always ``hidden_size / num_attention_heads``."""
+        return _head_dim(self.config)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(prod(shape) for shape in self.tensor_shapes().values())
+
+    def linears(self, layer: int) -> dict[str, LinearFacts]:
+        """The linear layers of one decoder layer, by role: q, k, v, o, gate, up, down."""
+        found = {}
+        for role, module in self.family.roles.items():
+            rows, columns = self.layer_shapes[f"{module}.weight"]
+            name = f"{self.family.layers}.{layer}.{module}"
+            found[role] = LinearFacts(name, rows, columns, f"{module}.bias" in self.layer_shapes)
+        return found
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor the model needs, by name; without the head when it is tied."""
+        hidden, vocab = self.config.hidden_size, self.config.vocab_size
+        shapes: dict[str, tuple[int, ...]] = {f"{self.family.embed}.weight": (vocab, hidden)}
+        for layer in range(self.num_layers):
+            shapes |= {f"{self.family.layers}.{layer}.{name}": shape for name, shape in self.layer_shapes.items()}
+        shapes[f"{self.family.final_norm}.weight"] = (hidden,)
+        if not self.tied:
+            shapes[f"{self.family.head}.weight"] = (vocab, hidden)
+        return shapes
+
+
+class ModelView:
+    """A model whose weights are read layer by layer; everything that is returned is float32 on the CPU.
+
+    Args:
+        facts: the model's facts, checked against the checkpoint.
+        checkpoint: its weights.
+        path: the folder or the ``.gguf`` file.
+        trust_remote_code: let the tokenizer run Python code that comes with the model.
+    """
+
+    def __init__(self, facts: ModelFacts, checkpoint: Checkpoint, path: Path, trust_remote_code: bool) -> None:
+        self.facts = facts
+        self.checkpoint = checkpoint
+        self.path = path
+        self.source = facts.source
+        self.config = facts.config
+        self.family = facts.family
+        self.dtype = facts.dtype
+        self.tied = facts.tied
+        self.num_layers = facts.num_layers
+        self._trust_remote_code = trust_remote_code
+        self._run_config = _run_config(facts.config)
+
+    def linears(self, layer: int) -> dict[str, LinearFacts]:
+        """The linear layers of one decoder layer, by role: q, k, v, o, gate, up, down."""
+        return self.facts.linears(layer)
+
+    def layer_weights(self, layer: int) -> dict[str, Tensor]:
+        """All parameters of one decoder layer, by names relative to it (``self_attn.q_proj.weight``)."""
+        prefix = f"{self.family.layers}.{layer}."
+        return {name: self._read(prefix + name) for name in self.facts.layer_shapes}
+
+    def build_layer(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        """transformers' decoder layer with these tensors, which are used as they are and not copied.
+
+        Args:
+            layer: its index; it decides on a sliding window.
+            weights: every parameter of the layer, named as ``layer_weights`` names them.
+
+        Returns:
+            The module in eval mode, without gradients, with PyTorch's scaled-dot-product attention.
+        """
+        with torch.device("meta"):
+            module: nn.Module = self.family.load_class("DecoderLayer")(self._run_config, layer)
+        module.load_state_dict(dict(weights), strict=True, assign=True)
+        return module.requires_grad_(False).eval()
+
+    def rotary(self) -> nn.Module:
+        """The model's rotary embedding, with the scaling that its config asks for."""
+        module: nn.Module = self.family.load_class("RotaryEmbedding")(self._run_config)
+        return module.eval()
+
+    def position_embeddings(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of RoPE for positions 0 to ``seq_len - 1``, each ``[1, seq_len, head_dim]``."""
+        positions = torch.arange(seq_len).unsqueeze(0)
+        cos, sin = self.rotary()(torch.empty(0), positions)
+        return cos, sin
+
+    def window(self, layer: int) -> int | None:
+        """The number of tokens (itself included) that a token of this layer sees, or None for all before it."""
+        sliding = self.family.window == "all" or (
+            self.family.window == "typed" and self.config.layer_types[layer] == "sliding_attention"
+        )
+        return self.config.sliding_window if sliding else None
+
+    def attention_mask(self, layer: int, seq_len: int) -> Tensor | None:
+        """The mask for full, unpadded sequences.
+
+        Returns:
+            None where attention is plainly causal: transformers' sdpa then sets ``is_causal``, which is the fast path.
+            For a sliding window shorter than the sequence a boolean ``[1, 1, seq_len, seq_len]``, True = attend.
+        """
+        window = self.window(layer)
+        if window is None or window >= seq_len:
+            return None
+        position = torch.arange(seq_len)
+        distance = position[:, None] - position[None, :]
+        return ((distance >= 0) & (distance < window))[None, None]
+
+    def embed_weight(self) -> Tensor:
+        """The token embedding, ``[vocab, hidden]``."""
+        return self._read(f"{self.family.embed}.weight")
+
+    def final_norm_weight(self) -> Tensor:
+        """The weight of the last norm, ``[hidden]``."""
+        return self._read(f"{self.family.final_norm}.weight")
+
+    def head_weight(self) -> Tensor:
+        """The output head, ``[vocab, hidden]``; the embedding when the two are tied."""
+        return self.embed_weight() if self.tied else self._read(f"{self.family.head}.weight")
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer with its chat template.
+
+        Raises:
+            InputError: its files are missing or damaged, or need ``trust_remote_code``.
+        """
+        try:
+            if self.path.is_file():
+                # AutoTokenizer would come to the same class after parsing the whole header twice, 8 s for 135M.
+                return PreTrainedTokenizerFast.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+            return AutoTokenizer.from_pretrained(str(self.path), trust_remote_code=self._trust_remote_code)
+        except _CONFIG_ERRORS as error:
+            problem = f"its tokenizer can't be loaded ({str(error).splitlines()[0]})"
+            raise InputError("--model", self.source, problem, fix="add its tokenizer files to the folder") from error
+
+    def generation_config(self) -> GenerationConfig:
+        """The model's generation settings; without a file of them, those that the config implies."""
+        if (self.path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(str(self.path))
+        return GenerationConfig.from_model_config(self.config)
+
+    def name(self) -> str:
+        """Hub id, folder name, or the name in the GGUF file."""
+        return self.facts.name
+
+    def license(self) -> str | None:
+        """The licence that the model states: in its README's header or its GGUF metadata."""
+        if isinstance(self.checkpoint, GgufCheckpoint):
+            return self.checkpoint.header.metadata.get("general.license")
+        readme = self.path / "README.md"
+        if not readme.is_file():
+            return None
+        try:
+            return ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+        except (YAMLError, ValueError, TypeError):  # a README is the author's, and need not be well-formed
+            return None
+
+    def load_dense(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The whole model, uncompressed, as ``from_pretrained`` would give it, in eval mode and without gradients.
+
+        Peak memory is the model plus one tensor: the largest is read first.
+        """
+        config = copy.deepcopy(self.config)
+        config.dtype = dtype
+        with torch.device("meta"):
+            model: PreTrainedModel = self.family.load_class("ForCausalLM")(config)
+        shapes = self.facts.tensor_shapes()
+        for name in sorted(shapes, key=lambda name: prod(shapes[name]), reverse=True):
+            module, _, parameter = name.rpartition(".")
+            weight = nn.Parameter(self._read(name, dtype), requires_grad=False)
+            setattr(model.get_submodule(module), parameter, weight)
+        model.set_submodule(self.family.rotary, self.rotary())
+        if self.tied:
+            model.get_submodule(self.family.head).weight = model.get_submodule(self.family.embed).weight
+        model.generation_config = self.generation_config()
+        return model.eval()
+
+    def _read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        if name == f"{self.family.embed}.weight" and name not in self.checkpoint.names():
+            name = f"{self.family.head}.weight"  # a tied matrix may be stored under either name
+        return self.checkpoint.read(name).to(dtype)
+
+
+@torch.no_grad()
+def run_layer(
+    layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
+    """One decoder layer on full sequences without a cache.
+
+    Args:
+        layer: from ``ModelView.build_layer``.
+        hidden: ``[batch, seq, hidden]``.
+        position_embeddings: cosines and sines, each ``[1, seq, head_dim]``.
+        mask: from ``ModelView.attention_mask``.
+
+    Returns:
+        ``[batch, seq, hidden]``.
+    """
+    output: Tensor = layer(hidden, attention_mask=mask, position_embeddings=position_embeddings)
+    return output
+
+
+def open_config(source: str) -> ModelFacts:
+    """The facts of a model from its config and file headers; no weights are read, and none are fetched.
+
+    Raises:
+        InputError: no such model, an unsupported family, a damaged file, or weights that don't fit the config.
+    """
+    found = locate(source)
+    if found.path is not None:
+        return _open_local(found, found.path)[0]
+    return _hub_facts(source, hub_weight_bytes(source))
+
+
+def open_model(source: str, trust_remote_code: bool = False) -> ModelView:
+    """Open a model for reading: a Hub id, a folder with safetensors, or a ``.gguf`` file.
+
+    Args:
+        source: the model. On the Hub its config is looked at first, then its files are fetched.
+        trust_remote_code: let the tokenizer run Python code that comes with the model. The model itself is always
+            run by transformers' own classes.
+
+    Raises:
+        InputError: as ``open_config``.
+    """
+    found = locate(source)
+    if found.path is None:
+        nbytes = hub_weight_bytes(source)
+        _hub_facts(source, nbytes)
+        path = download(source, online=nbytes is not None)
+    else:
+        path = found.path
+    facts, checkpoint = _open_local(found, path)
+    head, embed = f"{facts.family.head}.weight", f"{facts.family.embed}.weight"
+    if (
+        facts.tied
+        and {head, embed} <= set(checkpoint.names())
+        and not torch.equal(checkpoint.read(head), checkpoint.read(embed))
+    ):
+        # transformers believes the weights rather than the config here, and so do we
+        facts = replace(facts, tied=False)
+        facts.config.tie_word_embeddings = False
+    return ModelView(facts, checkpoint, path, trust_remote_code)
+
+
+def _hub_facts(repo: str, nbytes: int | None) -> ModelFacts:
+    family, config = _folder_config(hub_config_folder(repo, online=nbytes is not None), repo)
+    facts = _facts(repo, repo, config, family)
+    return replace(facts, checkpoint_bytes=facts.num_params * facts.dtype.itemsize if nbytes is None else nbytes)
+
+
+def _open_local(found: Source, path: Path) -> tuple[ModelFacts, Checkpoint]:
+    checkpoint: Checkpoint
+    if path.is_file():
+        checkpoint = GgufCheckpoint(path, found.text)
+        family = checkpoint.family
+        content = checkpoint.config()
+        check_config(content, family, found.text)
+        try:
+            config = CONFIG_MAPPING[family.name].from_dict(content)
+        except _CONFIG_ERRORS as error:
+            raise _config_error(found.text, error) from error
+        name = checkpoint.header.metadata.get("general.name", path.stem)
+    else:
+        family, config = _folder_config(path, found.text)
+        checkpoint = SafetensorsCheckpoint(path, found.text)
+        name = found.text if found.kind == "hub" else path.resolve().name
+    facts = _facts(found.text, name, config, family)
+    expected = facts.tensor_shapes()
+    stored = set(checkpoint.names())
+    head, embed = f"{family.head}.weight", f"{family.embed}.weight"
+    if facts.tied and head in stored and embed not in stored:
+        expected[head] = expected.pop(embed)
+    check_tensors(checkpoint, expected, found.text)
+    weights = [file for file in checkpoint.files() if file.suffix in (".safetensors", ".gguf")]
+    nbytes = sum(file.stat().st_size for file in weights)
+    return replace(facts, dtype=checkpoint.storage_dtype(), checkpoint_bytes=nbytes), checkpoint
+
+
+def _folder_config(folder: Path, source: str) -> tuple[Family, PreTrainedConfig]:
+    content = read_json(folder / "config.json", source)
+    family = family_of(content, source)
+    check_config(content, family, source)
+    try:
+        return family, AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except _CONFIG_ERRORS as error:
+        raise _config_error(source, error) from error
+
+
+def _config_error(source: str, error: BaseException) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError("--model", source, f"its config isn't valid ({type(error).__name__}: {reason})")
+
+
+def _facts(source: str, name: str, config: PreTrainedConfig, family: Family) -> ModelFacts:
+    try:
+        with torch.device("meta"):
+            layer = family.load_class("DecoderLayer")(_run_config(config), 0)
+            family.load_class("RotaryEmbedding")(config)  # an unknown rope_type is found here
+    except _CONFIG_ERRORS as error:
+        raise _config_error(source, error) from error
+    shapes = {key: tuple(value.shape) for key, value in layer.named_parameters()}
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    tied = bool(config.tie_word_embeddings)
+    return ModelFacts(source, name, config, family, dtype, tied, MappingProxyType(shapes), 0)
+
+
+def _run_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy for the layers we run: which attention they use is our business, not part of the model's config."""
+    run = copy.deepcopy(config)
+    run._attn_implementation = "sdpa"
+    return run
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

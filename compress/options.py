@@ -1,0 +1,103 @@
+"""What a command is told beside its recipe: where to run, what to override, what to compare with.
+
+Plain frozen dataclasses with the defaults of the command line, so that a Python caller writes
+``compress.run(model, "rsq", options=RunOptions(set=("weights.bits=4",)))`` and gets what the command does.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+PERPLEXITY_WINDOW = 1024
+PERPLEXITY_WINDOWS = 24
+EVAL_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of ``compress run`` and ``compress plan``.
+
+    Attributes:
+        set: recipe overrides, ``section.key=value``, applied in this order.
+        calibration: replaces ``calibration.source``.
+        eval_tasks: replaces ``eval.tasks``; an empty tuple switches scoring off; None keeps the recipe's.
+        task_path: replaces ``eval.task_path``, a folder of lm-eval task files.
+        resume: continue an interrupted run in the same folder; False starts over.
+        device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
+        seed: replaces ``calibration.seed``, from which every random choice of a run derives.
+        trust_remote_code: let a model's own Python code run.
+        dry_run: stop after the plan.
+    """
+
+    set: tuple[str, ...] = ()
+    calibration: str | None = None
+    eval_tasks: tuple[str, ...] | None = None
+    task_path: Path | None = None
+    resume: bool = True
+    device: str = "auto"
+    seed: int | None = None
+    trust_remote_code: bool = False
+    dry_run: bool = False
+
+    def overrides(self) -> tuple[str, ...]:
+        """Everything here that changes the recipe, as ``section.key=value``; what has its own option comes last."""
+        own: list[str] = []
+        if self.calibration is not None:
+            own.append(f"calibration.source={json.dumps(self.calibration, ensure_ascii=False)}")
+        if self.seed is not None:
+            own.append(f"calibration.seed={self.seed}")
+        if self.eval_tasks is not None and not self.eval_tasks:
+            own.append("eval=null")
+        elif self.eval_tasks is not None:
+            own.append(f"eval.tasks={json.dumps(self.eval_tasks, ensure_ascii=False)}")
+        if self.task_path is not None and self.eval_tasks != ():
+            own.append(f"eval.task_path={json.dumps(str(self.task_path), ensure_ascii=False)}")
+        return (*self.set, *own)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of ``compress eval``.
+
+    Attributes:
+        baseline: a second model, scored on the same items and laid beside the first.
+        task_path: folder of lm-eval task files; data files are relative to the task file.
+        limit: items a task; None takes all.
+        window: tokens a perplexity window.
+        windows: how many windows; None takes the whole text.
+        text: source of the perplexity text, with the syntax of the recipe's ``eval.text``.
+        batch_size: sequences a forward pass.
+        device: as in :class:`RunOptions`.
+        trust_remote_code: let a model's own Python code run.
+    """
+
+    baseline: str | None = None
+    task_path: Path | None = None
+    limit: int | None = None
+    window: int = PERPLEXITY_WINDOW
+    windows: int | None = PERPLEXITY_WINDOWS
+    text: str = "auto"
+    batch_size: int = EVAL_BATCH_SIZE
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Options of ``compress generate``.
+
+    Attributes:
+        max_new_tokens: where generation stops at the latest.
+        temperature: 0 takes the likeliest token every time, above that tokens are sampled.
+        seed: of the sampling.
+        chat: wrap the prompt in the model's chat template; None does so if the model has one.
+        device: as in :class:`RunOptions`.
+        trust_remote_code: let a model's own Python code run.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False

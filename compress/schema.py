@@ -1,0 +1,221 @@
+"""The keys of a recipe: one frozen pydantic model a section, in the order in which the stages run.
+
+This file is the only place where a key is described: the comments of the shipped recipes, ``compress recipes keys``,
+the resolved ``recipe.yaml`` of an artifact and the "allowed" part of error messages are made from it by
+``compress.keys``.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from compress.calibrate.errors import InputError
+from compress.options import EVAL_BATCH_SIZE, PERPLEXITY_WINDOW, PERPLEXITY_WINDOWS
+
+Bits = Literal[2, 3, 4, 8]
+LARGEST_SEED = 2**32 - 1  # what numpy, and so lm-eval, accepts
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The values of a key in words, where its type alone doesn't say them."""
+
+    words: str
+
+
+def _listed(value: Any) -> Any:
+    """Let a list be written as ``a,b`` on the command line; tuples keep a frozen model unchangeable."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _group_size(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 1 and value != -1:
+        raise ValueError("is not a number of columns")
+    return value
+
+
+def _patterns(value: dict[str, int]) -> dict[str, int]:
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"the pattern {pattern!r} is not a regular expression ({error})") from error
+    return value
+
+
+class Section(BaseModel):
+    """A section: frozen, typed strictly (``"3"`` is not 3), and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Calibration(Section):
+    """The text whose layer inputs the methods look at."""
+
+    source: str = Field(
+        default="auto",
+        min_length=1,
+        description="Where the text comes from: auto (the Hub if it can be reached, else self), self (the model writes"
+        " it), a .txt/.jsonl/.parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hub.",
+    )
+    column: str = Field(
+        default="text", min_length=1, description="Column or field that holds the text, if source names none."
+    )
+    samples: int = Field(default=128, ge=1, description="Number of windows.")
+    seq_len: int = Field(default=2048, ge=2, description="Tokens a window.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of windows, rotations, every random choice.")
+    expansion: int = Field(
+        default=1,
+        ge=1,
+        description="RSQ's dataset expansion: every window is used this often, rotated by seq_len / expansion.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Calibration":
+        if self.expansion > self.seq_len:
+            raise InputError(
+                "calibration.expansion", self.expansion, f"a window has only {self.seq_len} tokens to rotate by"
+            )
+        return self
+
+
+class Weights(Section):
+    """Weight quantization: rotation, token importance, and the solver."""
+
+    method: Literal["rtn", "gptq"] = Field(
+        default="gptq",
+        description="rtn rounds to nearest and needs no text; gptq solves for the least error of the outputs.",
+    )
+    bits: Bits = Field(default=4, description="Bits a weight.")
+    group_size: Annotated[
+        int | Literal["auto"], AfterValidator(_group_size), Allowed("a positive integer, -1, auto")
+    ] = Field(
+        default=128,
+        description="Input columns that share a scale: it must divide every layer's input size; -1 is one scale an"
+        " output channel; auto takes the largest of 128, 64, 32 that fits.",
+    )
+    symmetric: bool = Field(default=True, description="No zero points. vLLM loads 2 and 3 bits only if symmetric.")
+    clip: Literal["none", "mse", "hessian"] = Field(
+        default="mse",
+        description="Search of each group's range: none, mse (least |error|^clip_norm), or hessian (least squared error"
+        " weighted by diag(H); gptq only).",
+    )
+    clip_grid: int = Field(default=80, ge=1, le=1000, description="Ranges tried by the clip search.")
+    clip_norm: float = Field(default=2.4, gt=0, description="Exponent of the error with clip mse.")
+    act_order: bool = Field(
+        default=True, description="gptq rounds columns by descending diag(H) (static act-order: free at run time)."
+    )
+    damp: float = Field(
+        default=0.01, gt=0, description="Fraction of mean(diag H) that gptq adds to diag H; raised if too low."
+    )
+    sweeps: int = Field(
+        default=3,
+        ge=0,
+        description="Rounds of coordinate descent, each with a refit of the scales, after gptq; rtn has none.",
+    )
+    rotation: Literal["none", "hadamard", "random"] = Field(
+        default="none",
+        description="Rotate the residual stream and the value heads, fused into the weights: hadamard (randomised) or"
+        " random (orthogonal).",
+    )
+    untie: Literal["auto", "yes", "no"] = Field(
+        default="auto",
+        description="Store a tied head apart from the embedding: auto does so if rotation or lm_head_bits asks for it;"
+        " no leaves a tied model with the per-head rotation only.",
+    )
+    importance: Literal[
+        "none", "attention", "act_norm", "act_diff", "token_freq", "token_sim", "first_n", "first_last_n"
+    ] = Field(
+        default="none", description="What makes a token count more in the Hessian (RSQ); the paper chose attention."
+    )
+    importance_min: float = Field(
+        default=0.005, ge=0, description="Weight of the least important token, before normalising."
+    )
+    importance_max: float = Field(
+        default=1.0, gt=0, description="Weight of the most important token, before normalising."
+    )
+    importance_power: float = Field(
+        default=1.0,
+        gt=0,
+        description="Exponent of the importance in the Hessian: 1 is RSQ's code, 2 is what the paper writes.",
+    )
+    lm_head_bits: Literal[8, 16] = Field(default=16, description="Width of the output head: 16 leaves it as it is.")
+    overrides: Annotated[dict[str, Bits], AfterValidator(_patterns)] = Field(
+        default_factory=dict,
+        description="Other bits for modules in whose name the pattern is found, as in {'down_proj$': 4}; the first"
+        " match wins.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Weights":
+        if self.importance != "none" and self.method != "gptq":
+            raise InputError(
+                "weights.importance",
+                self.importance,
+                f"token importance enters through the Hessian, which method {self.method} doesn't use",
+                fix="set weights.method=gptq or weights.importance=none",
+            )
+        if self.clip == "hessian" and self.method != "gptq":
+            raise InputError(
+                "weights.clip",
+                self.clip,
+                f"method {self.method} has no Hessian",
+                allowed="none, mse",
+                fix="set weights.clip=mse or weights.method=gptq",
+            )
+        if self.importance_min >= self.importance_max:
+            raise InputError(
+                "weights.importance_min",
+                self.importance_min,
+                "is not below importance_max",
+                allowed=f"0 <= importance_min < {self.importance_max:g}",
+            )
+        return self
+
+
+class Export(Section):
+    """What is written."""
+
+    formats: Annotated[tuple[Literal["compressed-tensors"], ...], BeforeValidator(_listed)] = Field(
+        default=("compressed-tensors",), min_length=1, description="Checkpoint formats."
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        default="auto", description="Type of scales and of unquantized tensors; auto keeps the model's own."
+    )
+    shard_size_mb: int = Field(default=5000, ge=1, description="Largest safetensors file, in MB.")
+
+
+class Eval(Section):
+    """How the dense and the compressed model are scored."""
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        default=("perplexity",), min_length=1, description="lm-eval tasks by name, and perplexity."
+    )
+    text: str = Field(
+        default="auto",
+        min_length=1,
+        description="Text of the perplexity: as calibration.source, or pydoc (Python's documentation, always at hand).",
+    )
+    window: int = Field(default=PERPLEXITY_WINDOW, ge=2, description="Tokens a perplexity window.")
+    windows: Annotated[int, Ge(1)] | None = Field(
+        default=PERPLEXITY_WINDOWS, description="Number of perplexity windows; null takes the whole text."
+    )
+    limit: Annotated[int, Ge(1)] | None = Field(default=None, description="Items an lm-eval task; null takes all.")
+    task_path: str | None = Field(default=None, description="Folder with further lm-eval task files.")
+    batch_size: int = Field(default=EVAL_BATCH_SIZE, ge=1, description="Sequences a forward pass.")
+    num_fewshot: Annotated[int, Ge(0)] | None = Field(
+        default=None, description="Examples in an lm-eval prompt; null is the task's own number."
+    )
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "calibration": Calibration,
+    "weights": Weights,
+    "export": Export,
+    "eval": Eval,
+}

@@ -1,0 +1,116 @@
+"""Running one decoder layer piece by piece, so that every linear layer's input is seen once.
+
+The layer is transformers' own module; only its order of calls is spelled out here, for the pre-norm block of every family
+in the table:
+
+    x = norm(h);  a = attention(x);  h2 = h + o(a);  y = norm(h2);  d = act(gate y) * up y;  h3 = h2 + down(d)
+
+For the pieces, ``o_proj`` and ``down_proj`` give way to an identity, and attention goes through a function of ours that can
+look at queries and keys after their norms and rotary embedding, whatever the family does to them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from compress.families import Family
+
+ATTENTION = "compress_observed_sdpa"
+Observer = Callable[[Tensor, Tensor, float], None]
+
+
+def observed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention; with ``observer=f`` it calls ``f(query, key, scaling)`` and attends to nothing.
+
+    Shapes: query ``[batch, heads, T, head_dim]``, key and value ``[batch, kv_heads, T, head_dim]``, output
+    ``[batch, T, heads, head_dim]``.
+    """
+    observer = kwargs.pop("observer", None)
+    if observer is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+    observer(query, key, kwargs["scaling"])  # type: ignore[operator]
+    return torch.zeros_like(query).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, observed_attention)
+
+
+class Pieces:
+    """One decoder layer, callable piece by piece on single sequences ``[T, width]``.
+
+    Args:
+        layer: from ``ModelView.build_layer``; its attention is set to ours.
+        family: the names of its modules.
+        positions: cosines and sines, each ``[1, T, head_dim]``.
+        mask: from ``ModelView.attention_mask``.
+    """
+
+    def __init__(
+        self, layer: nn.Module, family: Family, positions: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> None:
+        self.layer = layer
+        self.family = family
+        self.positions = positions
+        self.mask = mask
+        self.attention = layer.get_submodule(family.attention)
+        self.attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr, assignment]
+
+    def linear(self, role: str) -> nn.Linear:
+        """The linear layer of a role: q, k, v, o, gate, up, down."""
+        module = self.layer.get_submodule(self.family.roles[role])
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        """What q, k and v read."""
+        return self._call(self.family.input_norm, hidden)
+
+    def attention_output(self, x: Tensor) -> Tensor:
+        """What o reads, ``[T, heads * head_dim]``."""
+        with self._without("o"):
+            return self._attend(x)
+
+    def look(self, x: Tensor, observer: Observer) -> None:
+        """Show the queries ``[1, heads, T, head_dim]``, keys ``[1, kv_heads, T, head_dim]`` and scaling."""
+        with self._without("o"):
+            self._attend(x, observer=observer)
+
+    def mlp_input(self, hidden: Tensor) -> Tensor:
+        """What gate and up read."""
+        return self._call(self.family.post_norm, hidden)
+
+    def mlp_output(self, y: Tensor) -> Tensor:
+        """What down reads, ``[T, intermediate]``."""
+        with self._without("down"):
+            return self._call(self.family.mlp, y)
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The layer as it stands, ``[T, hidden] -> [T, hidden]``."""
+        output: Tensor = self.layer(hidden.unsqueeze(0), attention_mask=self.mask, position_embeddings=self.positions)
+        return output.squeeze(0)
+
+    def _attend(self, x: Tensor, **kwargs: object) -> Tensor:
+        output: Tensor = self.attention(
+            x.unsqueeze(0), position_embeddings=self.positions, attention_mask=self.mask, **kwargs
+        )[0]
+        return output.squeeze(0)
+
+    def _call(self, module: str, x: Tensor) -> Tensor:
+        output: Tensor = self.layer.get_submodule(module)(x.unsqueeze(0))
+        return output.squeeze(0)
+
+    @contextmanager
+    def _without(self, role: str) -> Iterator[None]:
+        linear = self.linear(role)
+        self.layer.set_submodule(self.family.roles[role], nn.Identity())
+        try:
+            yield
+        finally:
+            self.layer.set_submodule(self.family.roles[role], linear)

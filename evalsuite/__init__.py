@@ -1,0 +1,1 @@
+"""What was lost and what was gained: perplexity, lm-eval, comparisons. Loaded models come in as arguments."""

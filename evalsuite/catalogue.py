@@ -1,0 +1,128 @@
+"""Which tasks there are, and which files a set of task names needs: a user's folder first, then lm-eval's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from compress.calibrate.errors import InputError, did_you_mean
+from compress.evalsuite.builtin_tasks import BuiltinTasks, find_builtin_tasks
+from compress.evalsuite.task_folder import TaskFile, check_data_files, read_task_file, read_task_folder
+
+PERPLEXITY = "perplexity"
+"""The one task that is ours and not lm-eval's."""
+
+
+@dataclass
+class Selection:
+    """The files that a set of task names needs.
+
+    Attributes:
+        local: tasks and groups of the user's folder, by name.
+        builtin: lm-eval's own tasks and groups, by name.
+        tags: members of each tag that was asked for.
+    """
+
+    local: dict[str, TaskFile] = field(default_factory=dict)
+    builtin: dict[str, Path] = field(default_factory=dict)
+    tags: dict[str, set[str]] = field(default_factory=dict)
+
+
+def validate_tasks(tasks: Sequence[str], task_path: str | None = None) -> None:
+    """See that tasks can be run, before any model is loaded; takes well under a second.
+
+    Args:
+        tasks: names of lm-eval tasks, groups or tags, or ``"perplexity"``.
+        task_path: folder of lm-eval task files.
+
+    Raises:
+        InputError: ``task_path`` isn't a folder; a task doesn't exist; a local task's data file is missing or empty.
+    """
+    select_tasks(tasks, task_path)
+
+
+def select_tasks(tasks: Sequence[str], task_path: str | None = None) -> Selection:
+    """The files that tasks need, after the checks of ``validate_tasks``."""
+    selection = Catalogue(task_path).select(tasks)
+    for file in selection.local.values():
+        check_data_files(file)
+    return selection
+
+
+class Catalogue:
+    """All tasks within reach; lm-eval's own are only searched when a name isn't found in the folder.
+
+    Args:
+        task_path: folder of lm-eval task files, or None.
+
+    Raises:
+        InputError: ``task_path`` isn't a folder.
+    """
+
+    def __init__(self, task_path: str | None) -> None:
+        self.folder = Path(task_path).expanduser().resolve() if task_path is not None else None
+        if self.folder is not None and not self.folder.is_dir():
+            fix = "give the folder that holds the task files" if self.folder.is_file() else None
+            raise InputError("eval.task_path", task_path, "not a folder", fix=fix)
+        self.local = read_task_folder(self.folder) if self.folder is not None else {}
+        self.local_tags: dict[str, set[str]] = {}
+        for file in self.local.values():
+            for tag in file.tags:
+                self.local_tags.setdefault(tag, set()).add(file.name)
+
+    @cached_property
+    def builtin(self) -> BuiltinTasks:
+        """lm-eval's own tasks."""
+        return find_builtin_tasks()
+
+    def suggestion(self, name: str) -> str | None:
+        """The sentence "did you mean X?", for a name that doesn't exist; the user's own tasks come first."""
+        # Of 14,000 names only those with the same first letter and about the same length: a tenth of the time.
+        builtin = [other for other in self.builtin.names() if other[:1] == name[:1] and abs(len(other) - len(name)) < 5]
+        return did_you_mean(name, [PERPLEXITY, *self.local, *self.local_tags]) or did_you_mean(name, builtin)
+
+    def select(self, tasks: Sequence[str]) -> Selection:
+        """The files that tasks and, for groups and tags, their members need; ``"perplexity"`` needs none.
+
+        Raises:
+            InputError: a task, or a member of a group of the user's folder, doesn't exist.
+        """
+        selection = Selection()
+        for name in tasks:
+            if name != PERPLEXITY and not self._add(name, selection):
+                raise InputError("eval.tasks", name, "no such task", fix=self.suggestion(name))
+        return selection
+
+    def _add(self, name: str, selection: Selection) -> bool:
+        """Add a name and its members to the selection; False if there is no such name."""
+        if name in selection.local or name in selection.builtin or name in selection.tags:
+            return True
+        if name in self.local:
+            self._add_local(self.local[name], selection)
+        elif name in self.local_tags:
+            selection.tags[name] = self.local_tags[name]
+            for member in self.local_tags[name]:
+                self._add(member, selection)
+        elif name in self.builtin.files:
+            selection.builtin[name] = self.builtin.files[name]
+            file = read_task_file(self.builtin.files[name])
+            for child in file.children if file is not None else ():
+                self._add(child, selection)
+        elif name in self.builtin.tags:
+            selection.tags[name] = set(self.builtin.tags[name])
+            for member in self.builtin.tags[name]:
+                self._add(member, selection)
+        else:
+            return False
+        return True
+
+    def _add_local(self, file: TaskFile, selection: Selection) -> None:
+        selection.local[file.name] = file
+        for child in file.children:
+            if not self._add(child, selection):
+                raise InputError(
+                    "eval.tasks",
+                    child,
+                    f"no such task, but the group {file.name} in {file.path} asks for it",
+                    fix=self.suggestion(child),
+                )

@@ -1,0 +1,175 @@
+"""The bridge to lm-eval: its tasks, its scoring and its result schema, on a model that is already loaded.
+
+lm-eval itself is imported when tasks are loaded, not before: that costs seconds.
+"""
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compress.calibrate.errors import InputError
+from compress.evalsuite.catalogue import PERPLEXITY, Selection, select_tasks, validate_tasks
+from compress.evalsuite.quiet import quiet, seeded, single_process, weights_untouched
+from compress.evalsuite.settings import EvalSettings
+from compress.evalsuite.task_folder import absolute_data_files
+
+__all__ = ["evaluate_tasks", "load_tasks", "validate_tasks"]
+
+
+def evaluate_tasks(
+    model: Any, tokenizer: Any, tasks: Sequence[str], settings: EvalSettings | None = None
+) -> dict[str, Any]:
+    """Run lm-eval tasks on a loaded model.
+
+    Args:
+        model: a transformers causal language model; neither its weights nor its mode are changed.
+        tokenizer: its tokenizer; a copy is used.
+        tasks: names of lm-eval tasks, groups or tags.
+        settings: limit, few-shot examples, batch size, task folder.
+
+    Returns:
+        lm-eval's ``EvalResults`` (results, groups, configs, versions, n-shot, higher_is_better, n-samples, config, …),
+        made of plain JSON types.
+
+    Raises:
+        InputError: a task doesn't exist, or its data can't be had.
+    """
+    settings = settings or EvalSettings()
+    loaded = load_tasks(tasks, settings)
+    from compress.evalsuite.bridge import LoadedModel
+    from lm_eval import evaluator
+    from lm_eval.utils import handle_non_serializable
+
+    started, streams = time.time(), (sys.stdout, sys.stderr)
+    with quiet(), seeded(), single_process(), weights_untouched(model):
+        lm = LoadedModel(model, copy.deepcopy(tokenizer), settings, streams)
+        results = evaluator.evaluate(
+            lm, loaded, limit=settings.limit, bootstrap_iters=settings.bootstrap_iters, log_samples=False
+        )
+    results |= _provenance(model, lm, settings, started)
+    return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
+    """Load tasks and their data, without a model: what fails here need not wait for one.
+
+    Args:
+        tasks: names of lm-eval tasks, groups or tags.
+        settings: task folder and few-shot examples.
+
+    Returns:
+        lm-eval's ``TaskDict``: tasks and groups by name, and each group's members.
+
+    Raises:
+        InputError: a task doesn't exist; its data is missing, unreadable or out of reach; it runs generated code.
+    """
+    wanted = [name for name in tasks if name != PERPLEXITY]
+    selection = select_tasks(wanted, settings.task_path)
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    out: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    with quiet(), seeded():
+        manager = _task_manager(selection)
+        for name in wanted:
+            for key, found in _load_one(manager, name).items():
+                out[key] |= {part: value for part, value in found.items() if part not in out[key]}
+        for name, task in out["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise InputError("eval.tasks", name, "the task runs code that the model writes, which is not allowed")
+            if getattr(task, "MULTIMODAL", False):
+                raise InputError("eval.tasks", name, "the task shows images or sound, which a text model cannot take")
+            default = task.get_config("num_fewshot")
+            # A task that sets zero examples itself means it, as in lm-eval's own command.
+            if default is None or (settings.num_fewshot is not None and default != 0):
+                task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return out
+
+
+def _task_manager(selection: Selection) -> Any:
+    """A TaskManager that has indexed only the folders in use, with the data files of local tasks made absolute."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    # lm-eval lets later folders win: the user's come last.
+    folders = [
+        *_outermost(path.parent for path in selection.builtin.values()),
+        *_outermost(file.path.parent for file in selection.local.values()),
+    ]
+    manager = TaskManager(include_path=folders or None, include_defaults=False)
+    for tag, members in selection.tags.items():
+        # Of a tag whose tasks lie in several folders, the index only holds the last folder's.
+        manager.task_index[tag].tags |= members
+    for name, file in selection.local.items():
+        if file.data_files:
+            entry = manager.task_index[name]
+            entry.cfg = absolute_data_files(load_yaml(file.path), file.data_folder)
+            entry.yaml_path = None
+    return manager
+
+
+def _outermost(folders: Iterable[Path]) -> list[Path]:
+    """Folders that don't lie below another one of them, in order."""
+    every = set(folders)
+    return sorted(folder for folder in every if every.isdisjoint(folder.parents))
+
+
+def _load_one(manager: Any, name: str) -> dict[str, Any]:
+    """Build one task, group or tag, and load its data."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    try:
+        return manager.load([name])
+    except DatasetsError as error:
+        # The library's message only says that something failed; its cause says what.
+        raise InputError(
+            "eval.tasks", name, f"its data cannot be read: {_one_line(error.__cause__ or error)}"
+        ) from error
+    except OSError as error:
+        dataset = (manager.task_index[name].cfg or {}).get("dataset_path")
+        raise InputError(
+            "eval.tasks",
+            name,
+            f"its dataset {dataset or ''} is out of reach: {_one_line(error)}".replace("  ", " "),
+            fix="connect to the Hugging Face Hub, or give a task folder with local data (--task-path)",
+        ) from error
+    except (KeyError, TypeError, ValueError, TemplateError) as error:
+        problem = f"the task file does not fit its data: {type(error).__name__}: {_one_line(error)}"
+        raise InputError("eval.tasks", name, problem) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _provenance(model: Any, lm: Any, settings: EvalSettings, started: float) -> dict[str, Any]:
+    """What ``lm_eval.simple_evaluate`` adds to the results, less what it asks the shell for."""
+    tokens = {
+        f"tokenizer_{key}_token": [
+            getattr(lm.tokenizer, f"{key}_token"),
+            str(getattr(lm.tokenizer, f"{key}_token_id")),
+        ]
+        for key in ("pad", "eos", "bos")
+    }
+    return {
+        "config": {
+            "model": model.config.name_or_path,
+            "model_num_parameters": model.num_parameters(),
+            "model_dtype": str(model.dtype),
+            "batch_size": settings.batch_size,
+            "device": str(model.device),
+            "limit": settings.limit,
+            "bootstrap_iters": settings.bootstrap_iters,
+        },
+        "date": started,
+        "transformers_version": version("transformers"),
+        "lm_eval_version": version("lm-eval"),
+        **tokens,
+        "max_length": lm.max_length,
+    }

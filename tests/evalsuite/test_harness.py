@@ -1,0 +1,162 @@
+import json
+import logging
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from compress.calibrate.errors import InputError
+from compress.evalsuite.harness import evaluate_tasks, load_tasks
+from compress.evalsuite.settings import EvalSettings
+from eval_builders import TASK, make_model
+
+
+@pytest.fixture
+def settings(task_folder, monkeypatch, tmp_path_factory):
+    """The task folder, with the current directory elsewhere and the dataset cache in a temporary folder."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    return EvalSettings(task_path=str(task_folder), batch_size=4)
+
+
+def accuracy(model, tokenizer, folder):
+    """Accuracy on the local task, one question at a time."""
+    right = []
+    for line in (folder.parent / "data" / "questions.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        prompt = tokenizer(f"Question: {item['question']}\nAnswer:")["input_ids"]
+        scores = []
+        for choice in item["choices"]:
+            answer = tokenizer(" " + choice)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            scores.append(float(logits.gather(1, torch.tensor(answer)[:, None]).sum()))
+        right.append(scores.index(max(scores)) == item["label"])
+    return sum(right) / len(right)
+
+
+def test_local_task_from_anywhere(model, tokenizer, settings, task_folder):
+    found = evaluate_tasks(model, tokenizer, ["sums"], settings)
+    entry = found["results"]["sums"]
+    assert entry["acc,none"] == pytest.approx(accuracy(model, tokenizer, task_folder))
+    assert 0 < entry["acc_stderr,none"] < 1
+    assert found["n-samples"]["sums"] == {"original": 6, "effective": 6}
+    assert found["versions"]["sums"] == 1.0
+    assert found["higher_is_better"]["sums"] == {"acc": True}
+    data = task_folder.parent / "data" / "questions.jsonl"
+    assert found["configs"]["sums"]["dataset_kwargs"]["data_files"] == {"validation": str(data)}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_limit_and_few_shot(model, tokenizer, settings, task_folder):
+    from dataclasses import replace
+
+    (task_folder / "sums.yaml").write_text(TASK.format(name="sums") + "fewshot_split: validation\n")
+    found = evaluate_tasks(model, tokenizer, ["sums"], replace(settings, limit=3, num_fewshot=2))
+    assert found["n-samples"]["sums"]["effective"] == 3
+    assert found["n-shot"]["sums"] == 2
+
+
+def test_group_tag_and_python_function(model, tokenizer, settings, task_folder):
+    (task_folder / "hard.py").write_text("def ask(doc):\n    return 'Q: ' + doc['question']\n")
+    hard = TASK.format(name="hard").replace('"Question: {{question}}\\nAnswer:"', "!function hard.ask")
+    assert "!function" in hard
+    (task_folder / "hard.yaml").write_text(hard + "tag: difficult\n")
+    (task_folder / "all.yaml").write_text(
+        "group: all\ntask: [sums, hard]\naggregate_metric_list:\n  - {metric: acc, weight_by_size: true}\n"
+    )
+    found = evaluate_tasks(model, tokenizer, ["all"], settings)
+    assert found["group_subtasks"] == {"all": ["sums", "hard"]}
+    mean = (found["results"]["sums"]["acc,none"] + found["results"]["hard"]["acc,none"]) / 2
+    assert found["groups"]["all"]["acc,none"] == pytest.approx(mean)
+    assert set(load_tasks(["difficult"], settings)["tasks"]) == {"hard"}
+
+
+def test_generation_and_rolling_likelihood(model, tokenizer, settings, task_folder):
+    (task_folder / "speak.yaml").write_text(
+        TASK.format(name="speak")
+        .replace("multiple_choice", "generate_until\ngeneration_kwargs: {until: ['.'], max_gen_toks: 4}")
+        .replace('doc_to_choice: "{{choices}}"\n', "")
+        .replace("metric: acc", "metric: exact_match")
+    )
+    (task_folder / "read.yaml").write_text(
+        TASK.format(name="read")
+        .replace("multiple_choice", "loglikelihood_rolling")
+        .replace('doc_to_choice: "{{choices}}"\n', "")
+        .replace("doc_to_target: label", 'doc_to_target: "{{question}}"')
+        .replace(
+            "acc\n    aggregation: mean\n    higher_is_better: true", "bits_per_byte\n    aggregation: bits_per_byte"
+        )
+    )
+    found = evaluate_tasks(model, tokenizer, ["speak", "read"], settings)
+    assert found["results"]["speak"]["exact_match,none"] == 0
+    assert found["results"]["read"]["bits_per_byte,none"] > 0
+
+
+def test_bootstrap_runs_in_this_process_and_prints_nothing(model, tokenizer, settings, task_folder, capfd, monkeypatch):
+    import multiprocessing
+
+    monkeypatch.setattr(multiprocessing, "Pool", lambda *args: pytest.fail("a pool was started"))
+    (task_folder / "sums.yaml").write_text(TASK.format(name="sums").replace("aggregation: mean", "aggregation: median"))
+    found = evaluate_tasks(model, tokenizer, ["sums"], settings)
+    assert isinstance(found["results"]["sums"]["acc_stderr,none"], float)
+    assert capfd.readouterr() == ("", "")
+    assert "DISABLE_MULTIPROC" not in os.environ
+
+
+def test_progress_bars_are_drawn_on_request(model, tokenizer, settings, capfd):
+    from dataclasses import replace
+
+    evaluate_tasks(model, tokenizer, ["sums"], replace(settings, progress=True))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "loglikelihood" in err
+
+
+def test_the_callers_things_are_left_alone(tokenizer, settings):
+    model = make_model(258).train()
+    model.config.tie_word_embeddings = True  # a head untied by us while the config still says "tied"
+    head = model.lm_head.weight.clone()
+    before = (random.getstate(), torch.get_rng_state(), tokenizer.pad_token, logging.getLogger("lm_eval").level)
+    evaluate_tasks(model, tokenizer, ["sums"], settings)
+    assert torch.equal(model.lm_head.weight, head)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert "tie_weights" not in vars(model)
+    assert model.training
+    after = (random.getstate(), torch.get_rng_state(), tokenizer.pad_token, logging.getLogger("lm_eval").level)
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
+    assert before[2:] == after[2:]
+
+
+def test_tasks_out_of_reach(settings, monkeypatch):
+    """As when the Hub can't be reached: datasets raises ConnectionError after its retries."""
+    import datasets
+
+    def unreachable(path, **kwargs):
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(InputError, match="eval.tasks=hellaswag: its dataset Rowan/hellaswag is out of reach.*connect"):
+        load_tasks(["hellaswag"], settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "change", "message"),
+    [
+        ("{not json\n", ("", ""), "eval.tasks=sums: its data cannot be read"),
+        ('{"question": "?"}\n', ("", ""), "eval.tasks=sums: the task file does not fit its data"),
+        (None, ("validation_split: validation", "validation_split: test"), "the task file does not fit its data"),
+        (None, ("task: sums", "task: sums\nunsafe_code: true"), "runs code that the model writes"),
+    ],
+)
+def test_bad_local_tasks(settings, task_folder, content, change, message):
+    if content is not None:
+        (task_folder.parent / "data" / "questions.jsonl").write_text(content)
+    path = Path(task_folder / "sums.yaml")
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(InputError, match=message):
+        load_tasks(["sums"], settings)
