@@ -195,6 +195,8 @@ def read_json(file: Path, source: str) -> dict[str, Any]:
         raise InputError("--model", source, f"it holds no {file.name}", fix="give a folder saved by save_pretrained")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("--model", source, f"{file.name} can't be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError("--model", source, f"{file.name} is no valid JSON ({error})", fix=_DAMAGED) from error
     if not isinstance(content, dict):

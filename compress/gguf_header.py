@@ -97,6 +97,14 @@ class _Cursor:
         return count
 
 
+def _mapped(path: Path, source: str) -> mmap.mmap:
+    try:
+        with path.open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError("--model", source, f"{path.name} can't be read ({error.strerror})") from error
+
+
 def read_header(path: Path, source: str) -> GgufHeader:
     """Read the header of a GGUF file and check that all of its tensors are in the file.
 
@@ -106,7 +114,7 @@ def read_header(path: Path, source: str) -> GgufHeader:
     """
     if path.stat().st_size < 24:
         raise InputError("--model", source, f"{path.name} is too short to be a GGUF file")
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+    with _mapped(path, source) as buffer:
         if buffer[:4] != b"GGUF":
             raise InputError("--model", source, f"{path.name} isn't a GGUF file (it doesn't begin with 'GGUF')")
         cursor = _Cursor(buffer)

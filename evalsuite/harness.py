@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibrate.errors import InputError
+from compress.calibrate.hub import hub_problem
 from compress.evalsuite.catalogue import PERPLEXITY, Selection, select_tasks, validate_tasks
 from compress.evalsuite.quiet import quiet, seeded, single_process, weights_untouched
 from compress.evalsuite.settings import EvalSettings
 from compress.evalsuite.task_folder import absolute_data_files
+
+_OFFLINE = "connect to the Hugging Face Hub, or give a task folder with local data (--task-path)"
 
 __all__ = ["evaluate_tasks", "load_tasks", "validate_tasks"]
 
@@ -75,6 +78,7 @@ def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
     out: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with quiet(), seeded():
         manager = _task_manager(selection)
+        _check_reachable(manager, selection)
         for name in wanted:
             for key, found in _load_one(manager, name).items():
                 out[key] |= {part: value for part, value in found.items() if part not in out[key]}
@@ -113,6 +117,24 @@ def _task_manager(selection: Selection) -> Any:
     return manager
 
 
+def _check_reachable(manager: Any, selection: Selection) -> None:
+    """Find in seconds that a Hub dataset can't be had; datasets itself tries again for 23 s, for each task."""
+    from datasets import config
+
+    for name in (*selection.builtin, *selection.local):
+        task = manager.task_index[name].cfg or {}
+        dataset = task.get("dataset_path")
+        if not isinstance(dataset, str) or "/" not in dataset or "custom_dataset" in task:
+            continue
+        if Path(dataset).exists() or Path(config.HF_DATASETS_CACHE, dataset.replace("/", "___")).is_dir():
+            continue
+        problem = hub_problem()
+        if problem is None:
+            return
+        problem = f"{problem}, and this machine holds no copy of its dataset {dataset}"
+        raise InputError("eval.tasks", name, problem, fix=_OFFLINE)
+
+
 def _outermost(folders: Iterable[Path]) -> list[Path]:
     """Folders that don't lie below another one of them, in order."""
     every = set(folders)
@@ -137,7 +159,7 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
             "eval.tasks",
             name,
             f"its dataset {dataset or ''} is out of reach: {_one_line(error)}".replace("  ", " "),
-            fix="connect to the Hugging Face Hub, or give a task folder with local data (--task-path)",
+            fix=_OFFLINE,
         ) from error
     except (KeyError, TypeError, ValueError, TemplateError) as error:
         problem = f"the task file does not fit its data: {type(error).__name__}: {_one_line(error)}"

@@ -52,9 +52,7 @@ class Pieces:
         mask: from ``ModelView.attention_mask``.
     """
 
-    def __init__(
-        self, layer: nn.Module, family: Family, positions: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> None:
+    def __init__(self, layer: nn.Module, family: Family, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
         self.layer = layer
         self.family = family
         self.positions = positions

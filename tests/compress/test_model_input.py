@@ -198,6 +198,17 @@ def test_damage_anywhere_in_a_gguf_header_is_told_or_harmless(tiny: Tiny, tmp_pa
         refused(path)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama.gguf"])
+def test_unreadable_file(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = tiny(name)
+
+    def forbidden(self: Path, *args: object, **kwargs: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert "can't be read (Permission denied)" in refused(path)
+
+
 def test_not_a_gguf(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"PK\x03\x04" + bytes(100))

@@ -35,3 +35,13 @@ def task_folder(tmp_path: Path) -> Path:
     (tmp_path / "data" / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (folder / "sums.yaml").write_text(TASK.format(name="sums"))
     return folder
+
+
+@pytest.fixture
+def dataset_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """datasets keeps its copies of the questions in a temporary folder."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder

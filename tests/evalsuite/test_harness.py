@@ -13,12 +13,9 @@ from eval_builders import TASK, make_model
 
 
 @pytest.fixture
-def settings(task_folder, monkeypatch, tmp_path_factory):
-    """The task folder, with the current directory elsewhere and the dataset cache in a temporary folder."""
-    import datasets
-
+def settings(task_folder, dataset_cache, monkeypatch, tmp_path_factory):
+    """The task folder, with the current directory elsewhere."""
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     return EvalSettings(task_path=str(task_folder), batch_size=4)
 
 
@@ -136,12 +133,29 @@ def test_tasks_out_of_reach(settings, monkeypatch):
     """As when the Hub can't be reached: datasets raises ConnectionError after its retries."""
     import datasets
 
+    monkeypatch.setattr("compress.evalsuite.harness.hub_problem", lambda: None)
+
     def unreachable(path, **kwargs):
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match="eval.tasks=hellaswag: its dataset Rowan/hellaswag is out of reach.*connect"):
+    with pytest.raises(InputError, match=r"eval\.tasks=hellaswag: its dataset Rowan/hellaswag is out of reach"):
         load_tasks(["hellaswag"], settings)
+
+
+def test_no_hub_and_no_copy_is_told_without_trying(settings, dataset_cache, monkeypatch):
+    import datasets
+
+    def attempt(path, **kwargs):
+        raise ConnectionError("tried")
+
+    monkeypatch.setattr(datasets, "load_dataset", attempt)
+    monkeypatch.setattr("compress.evalsuite.harness.hub_problem", lambda: "the Hub is away")
+    with pytest.raises(InputError, match=r"eval\.tasks=cola: the Hub is away, and .* its dataset nyu-mll/glue"):
+        load_tasks(["sums", "cola"], settings)
+    (dataset_cache / "nyu-mll___glue").mkdir()
+    with pytest.raises(InputError, match="tried"):
+        load_tasks(["cola"], settings)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from eval_builders import NamedText, make_model, make_tokenizer
 
 
 @pytest.fixture
-def settings(task_folder):
+def settings(task_folder, dataset_cache):
     return EvalSettings(window=64, windows=5, task_path=str(task_folder))
 
 
@@ -54,7 +54,7 @@ def test_perplexity_needs_a_text(model, tokenizer, settings):
 
 
 def test_unknown_task_is_found_before_the_model_runs(tokenizer, settings, text):
-    with pytest.raises(InputError, match="eval.tasks=sumz"):
+    with pytest.raises(InputError, match=r"eval\.tasks=sumz"):
         score(None, tokenizer, ["perplexity", "sumz"], settings, text)
 
 

@@ -1,0 +1,99 @@
+"""From finished parts to a folder that ``from_pretrained`` loads, and the proof that it loads to the same model."""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from compress.artifact.compressed_tensors import quantization_config
+from compress.artifact.shards import join
+from compress.job import Job, Result
+from compress.model import ModelView
+
+TOLERANCE = 2e-3  # of the reload check, relative to the largest logit: float32 sums in another order
+
+
+def write_artifact(job: Job, result: Result) -> dict[str, Any]:
+    """Write the artifact's folder inside the work folder; ``report.json`` and the model card come later.
+
+    Returns:
+        The report's section ``artifact``: bytes, bits a weight, files with their sha256.
+    """
+    folder = job.folder.artifact
+    folder.mkdir(exist_ok=True)
+    view = job.view
+    weights = join(result.parts, folder, job.recipe.export.shard_size_mb * 1_000_000)
+    config = artifact_config(view, result)
+    config.save_pretrained(folder)
+    view.generation_config().save_pretrained(folder)
+    view.tokenizer().save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+    nbytes = sum(size for name, size in weights.items() if name.endswith(".safetensors"))
+    params = view.facts.num_params
+    return {
+        "format": "compressed-tensors",
+        "weight_bytes": nbytes,
+        "bits_per_weight": round(nbytes * 8 / params, 4),
+        "parameters": params,
+        "source_bytes": view.facts.checkpoint_bytes,
+        "bytes_16bit": params * 2,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
+        },
+    }
+
+
+def artifact_config(view: ModelView, result: Result) -> Any:
+    """The model's config with the quantization block; its architecture stays what it was."""
+    config = copy.deepcopy(view.config)
+    config.tie_word_embeddings = view.tied and not result.untied
+    config.dtype = result.dtype
+    config.architectures = [view.family.architecture]
+    if result.schemes:
+        ignore = [] if view.family.head in result.schemes else [view.family.head]
+        config.quantization_config = quantization_config(result.schemes, ignore)
+    return config
+
+
+def check_reload(folder: Path, result: Result) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the artifact as a user would and compare it with the model in memory.
+
+    Returns:
+        The loaded model, float32 in eval mode, and the report's section ``reload_check``.
+
+    Raises:
+        RuntimeError: the logits differ; the artifact must not be used.
+    """
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(result.probe.unsqueeze(0)).logits[0].float()
+    difference = float((logits - result.logits).abs().max() / result.logits.abs().max())
+    agreement = float((logits.argmax(-1) == result.logits.argmax(-1)).float().mean())
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"{folder} was reloaded and its logits differ from the model in memory by {difference:.2e} of the largest "
+            f"(allowed {TOLERANCE:g}): the artifact isn't published; please report this"
+        )
+    return model, {"relative_difference": difference, "top1_agreement": agreement, "tolerance": TOLERANCE}
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of an artifact, or None if the folder isn't one."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) and "artifact" in report else None

@@ -1,0 +1,90 @@
+"""What an artifact is, from its files alone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.artifact.compressed_tensors import schemes_of
+from compress.artifact.export import read_report, sha256
+from compress.artifact.shards import tensor_header
+from compress.calibrate.errors import InputError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An artifact's facts.
+
+    Attributes:
+        folder: where it is.
+        report: its report, None for a model that we didn't write.
+        config: its ``config.json``.
+        weight_bytes: size of its safetensors files.
+        tensors: number of tensors by dtype.
+        damaged: files whose content isn't what the report says.
+    """
+
+    folder: Path
+    report: dict[str, Any] | None
+    config: dict[str, Any]
+    weight_bytes: int
+    tensors: dict[str, int]
+    damaged: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "folder": str(self.folder),
+            "model_type": self.config.get("model_type"),
+            "quantization": self.config.get("quantization_config"),
+            "weight_bytes": self.weight_bytes,
+            "tensors": self.tensors,
+            "damaged": self.damaged,
+            "report": self.report,
+        }
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        lines = [f"{self.folder}: {self.config.get('model_type')}, weights {self.weight_bytes / 1e6:.1f} MB"]
+        block = self.config.get("quantization_config") or {}
+        lines += [f"  {scheme} on {', '.join(targets)}" for targets, scheme in schemes_of(block)]
+        lines.append("  tensors: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.tensors.items())))
+        if self.report is None:
+            return [*lines, "  no report.json: not written by compress"]
+        artifact, recipe = self.report["artifact"], self.report["recipe"]
+        lines.append(f"  {artifact['bits_per_weight']:.2f} bits a weight over the whole file; recipe {recipe['name']}")
+        modules = self.report.get("weights", {}).get("modules", [])
+        known = sorted((m for m in modules if m["relative_error"] is not None), key=lambda m: -m["relative_error"])
+        lines += [f"  worst: {m['name']} W{m['bits']} rel.err {m['relative_error']:.4f}" for m in known[:5]]
+        for row in (self.report.get("eval") or {}).get("rows", []):
+            lines.append(f"  {row['task']} {row['metric']}: {row['before']:.4g} -> {row['after']:.4g}")
+        lines += [f"  DAMAGED: {name} isn't the file that was written" for name in self.damaged]
+        return lines
+
+
+def inspect(folder: Path) -> Inspection:
+    """Look at an artifact.
+
+    Raises:
+        InputError: the folder doesn't exist, holds no model, or a file is unreadable.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError("DIR", folder, "is not the folder of a model: it has no config.json")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        headers = [tensor_header(path)[0] for path in sorted(folder.glob("*.safetensors"))]
+    except (ValueError, KeyError) as error:
+        raise InputError("DIR", folder, f"holds a file that can't be read ({error})") from error
+    counts: dict[str, int] = {}
+    for header in headers:
+        for entry in header.values():
+            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + 1
+    report = read_report(folder)
+    files = report["artifact"]["files"] if report else {}
+    damaged = [name for name, facts in files.items() if not _intact(folder / name, facts)]
+    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return Inspection(folder, report, config, nbytes, counts, damaged)
+
+
+def _intact(path: Path, facts: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]

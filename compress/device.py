@@ -1,0 +1,25 @@
+"""Where things run."""
+
+import torch
+
+from compress.calibrate.errors import InputError
+
+
+def pick_device(name: str, option: str = "--device") -> torch.device:
+    """The device that a name means; ``auto`` is a GPU where there is one.
+
+    Raises:
+        InputError: an unknown device, or one that this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(option, name, "is not a device", allowed="auto, cpu, cuda, cuda:N, mps") from error
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device.type, False):
+        raise InputError(option, name, "this machine has none, or PyTorch doesn't see it", fix="use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(option, name, f"this machine has {torch.cuda.device_count()} of them")
+    return device

@@ -1,0 +1,304 @@
+"""The whole job: preflight, calibration text, stages, artifact, reload check, scores, report.
+
+Nothing of the artifact's folder exists until it is complete: work goes into ``OUT.partial`` and is moved at the end.
+Scores come after that, since they can't change the weights and shouldn't be able to lose them.
+"""
+
+import gc
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compress.artifact.card import model_card
+from compress.artifact.export import check_reload, read_report, write_artifact
+from compress.calibrate.errors import InputError
+from compress.calibrate.source import Model, Request, prepare
+from compress.calibrate.windows import CalibrationSet
+from compress.evalsuite.compare import compare, markdown_table
+from compress.evalsuite.score import Scores, score
+from compress.evalsuite.settings import EvalSettings
+from compress.evaluate import EvalText, eval_text, rows_json
+from compress.events import Event, Message, StageDone, StageStarted
+from compress.job import Job
+from compress.model import ModelView, open_model
+from compress.options import RunOptions
+from compress.planning import Plan, active_stages, plan
+from compress.recipe import Recipe
+from compress.runtime import load
+from compress.work import WorkFolder, differences, write_text
+
+__all__ = ["RunResult", "plan", "run"]
+
+SCHEMA = "compress.report/1"
+LIBRARIES = ("torch", "transformers", "compressed-tensors", "lm-eval")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        out: the artifact.
+        report: the content of its ``report.json``.
+        summary: at most twelve lines for a terminal.
+        ok: whether every quality gate of the recipe was passed.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    summary: list[str]
+    ok: bool = True
+
+
+def run(
+    model: str,
+    recipe: "str | Recipe | dict[str, Any]",
+    *,
+    out: Path | str | None = None,
+    options: RunOptions | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> RunResult:
+    """Compress a model: ``compress run`` in Python.
+
+    Args:
+        model: a Hub id, a folder with safetensors, or a ``.gguf`` file.
+        recipe: a shipped name, the path of a YAML file, a mapping of the same content, or a recipe.
+        out: folder of the artifact; by default named after model and recipe, in the current folder.
+        options: overrides and where to run.
+        on_event: told what happens, see ``compress.events``.
+
+    Returns:
+        The finished run. The same call again finds the artifact complete and returns at once.
+
+    Raises:
+        InputError: what the user can mend, before anything heavy.
+        RuntimeError: the reloaded artifact isn't the model in memory; nothing is published.
+    """
+    options = options or RunOptions()
+    emit = on_event or _ignore
+    started = time.perf_counter()
+    planned = plan(model, recipe, options, None if out is None else Path(out))
+    if options.dry_run:
+        return RunResult(planned.out, planned.to_json(), planned.lines())
+    for note in planned.notes():
+        emit(Message(note))
+    view = open_model(model, options.trust_remote_code)
+    calibration = _calibration(view, planned.recipe, emit)
+    report = _begin_report(planned, view, calibration)
+    finished = read_report(planned.out) if planned.out.exists() else None
+    loaded = None
+    if finished is not None:
+        if changes := differences(finished.get("fingerprint", {}), report["fingerprint"]):
+            raise InputError(
+                "--out", planned.out, f"holds another artifact: {'; '.join(changes)}", fix="choose another folder"
+            )
+        emit(Message(f"{planned.out} is complete already"))
+        report = finished
+    else:
+        with WorkFolder(planned.out, report["fingerprint"], options.resume) as folder:
+            loaded = _make(Job(view, planned.recipe, calibration, folder, planned.device, emit, report))
+    if planned.recipe.eval is not None and not _scored(report, planned.recipe):
+        report["eval"] = _evaluate(view, planned, loaded, emit)
+        report["seconds"] = round(report["seconds"] + time.perf_counter() - started, 1) if finished else None
+    if finished is None:
+        report["seconds"] = round(time.perf_counter() - started, 1)
+    _write_report(planned.out, report)
+    return RunResult(planned.out, report, summary(planned.out, report))
+
+
+def _make(job: Job) -> PreTrainedModel:
+    """Stages, artifact, reload check, publication; returns the reloaded model."""
+    for stage in active_stages(job.recipe):
+        stage.run(job)
+    assert job.result is not None
+    job.emit(StageStarted("artifact"))
+    started = time.perf_counter()
+    job.report["artifact"] = write_artifact(job, job.result)
+    model, check = check_reload(job.folder.artifact, job.result)
+    job.report["reload_check"] = check
+    job.emit(
+        Message(
+            "reloaded with AutoModelForCausalLM.from_pretrained: logits differ by "
+            f"{check['relative_difference']:.1e} of the largest from the model in memory"
+        )
+    )
+    job.report["seconds"] = None
+    _write_report(job.folder.artifact, job.report, job.folder.out.name)
+    job.folder.publish()
+    job.emit(StageDone("artifact", time.perf_counter() - started))
+    return model
+
+
+def _calibration(view: ModelView, recipe: Recipe, emit: Callable[[Event], None]) -> CalibrationSet | None:
+    section = recipe.calibration
+    if section is None:
+        return None
+    emit(StageStarted("calibration"))
+    started = time.perf_counter()
+    request = Request(section.source, section.column, section.samples, section.seq_len, section.seed)
+    writer = Model(open=view.load_dense, fingerprint=json.dumps(view.checkpoint.fingerprint(), sort_keys=True))
+    found = prepare(request, view.tokenizer(), writer, progress=_Every(10, emit))
+    gc.collect()
+    for note in found.notes:
+        emit(Message(note))
+    emit(StageDone("calibration", time.perf_counter() - started))
+    return found
+
+
+class _Every:
+    """Tells the progress of writing text, every so many per cent."""
+
+    def __init__(self, percent: int, emit: Callable[[Event], None]) -> None:
+        self.step, self.told, self.emit = percent, 0, emit
+
+    def __call__(self, done: int, wanted: int) -> None:
+        percent = done * 100 // wanted
+        if percent >= self.told + self.step:
+            self.told = percent - percent % self.step
+            self.emit(Message(f"calibration text: {done:,} of {wanted:,} tokens written"))
+
+
+def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | None) -> dict[str, Any]:
+    recipe = planned.recipe
+    versions = {"compress": version("compress"), "python": platform.python_version()}
+    versions |= {name: version(name) for name in LIBRARIES}
+    sections = recipe.model_dump(mode="json", include={"calibration", "weights", "export"})
+    hub_id = view.name() if "/" in view.name() and not Path(view.source).exists() else None
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "name": view.name(),
+            "source": view.source,
+            "hub_id": hub_id,
+            "family": view.family.name,
+            "license": view.license(),
+            "layers": view.num_layers,
+            "parameters": view.facts.num_params,
+        },
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": recipe.calibration.seed if recipe.calibration else 0,
+        "command": shlex.join(["compress", *sys.argv[1:]])
+        if Path(sys.argv[0]).name == "compress"
+        else "compress.run()",
+        "device": str(planned.device),
+        "versions": versions,
+        "calibration": None
+        if calibration is None
+        else {
+            "source": calibration.source,
+            "origin": calibration.origin,
+            "notes": list(calibration.notes),
+            "samples": calibration.ids.shape[0],
+            "seq_len": calibration.ids.shape[1],
+            "digest": calibration.digest,
+            "hub_dataset": calibration.source.split(":")[0]
+            if "of the Hugging Face Hub" in calibration.origin
+            else None,
+        },
+        "fingerprint": {
+            "model": view.checkpoint.fingerprint(),
+            "recipe": sections,
+            "calibration": None if calibration is None else calibration.digest,
+            "versions": {name: versions[name] for name in ("compress", "torch", "transformers")},
+            "device": planned.device.type,
+        },
+    }
+
+
+def _scored(report: dict[str, Any], recipe: Recipe) -> bool:
+    done = report.get("eval")
+    return done is not None and recipe.eval is not None and done["settings"] == recipe.eval.model_dump(mode="json")
+
+
+def _evaluate(
+    view: ModelView, planned: Plan, loaded: PreTrainedModel | None, emit: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Score the artifact, then the dense model, one in memory at a time."""
+    section = planned.recipe.eval
+    assert section is not None
+    emit(StageStarted("eval"))
+    started = time.perf_counter()
+    text = eval_text(section.text, section.tasks)
+    settings = EvalSettings(
+        window=section.window,
+        windows=section.windows,
+        limit=section.limit,
+        task_path=section.task_path,
+        batch_size=section.batch_size,
+        num_fewshot=section.num_fewshot,
+    )
+    tokenizer = view.tokenizer()
+
+    def measure(model: PreTrainedModel, what: str) -> Scores:
+        begun = time.perf_counter()
+        found = score(model.to(planned.device), tokenizer, section.tasks, settings, text)
+        emit(Message(f"scored the {what} model in {time.perf_counter() - begun:.0f} s"))
+        return found
+
+    if loaded is None:
+        loaded, _ = load(planned.out, device=str(planned.device))
+    after = measure(loaded, "compressed")
+    del loaded
+    gc.collect()
+    before = measure(view.load_dense(), "original")
+    gc.collect()
+    rows = compare(before, after)
+    emit(StageDone("eval", time.perf_counter() - started))
+    return {
+        "settings": section.model_dump(mode="json"),
+        "text": None if text is None else text.origin,
+        "note": _note(text, section.window),
+        "table": markdown_table(rows),
+        "rows": rows_json(rows),
+        "before": before.to_json(),
+        "after": after.to_json(),
+    }
+
+
+def _note(text: EvalText | None, window: int) -> str:
+    return "" if text is None else f"Perplexity in windows of {window} tokens, on {text.origin}."
+
+
+def _write_report(folder: Path, report: dict[str, Any], name: str | None = None) -> None:
+    write_text(folder / "report.json", json.dumps(report, indent=1, default=str) + "\n")
+    recipe = report["recipe"]
+    write_text(folder / "README.md", model_card(report, name or folder.name, recipe["description"]))
+
+
+def summary(out: Path, report: dict[str, Any]) -> list[str]:
+    """The end of a run in at most twelve lines."""
+    artifact, weights = report["artifact"], report.get("weights", {})
+    errors = sorted(m["relative_error"] for m in weights.get("modules", []) if m["relative_error"] is not None)
+    lines = [
+        f"{report['model']['name']} -> {out}",
+        f"size     {artifact['weight_bytes'] / 1e6:.1f} MB, {artifact['bits_per_weight']:.2f} bits a weight over the whole "
+        f"file ({artifact['bytes_16bit'] / artifact['weight_bytes']:.2f}x smaller than 16 bits)",
+    ]
+    if errors:
+        lines.append(
+            f"error    {errors[len(errors) // 2]:.4f} median, {errors[-1]:.4f} worst relative output error of a module"
+        )
+    if weights.get("degraded"):
+        lines.append(f"degraded {len(weights['degraded'])} modules were rounded to nearest: see report.json")
+    for row in (report.get("eval") or {}).get("rows", [])[:4]:
+        lines.append(f"score    {row['task']} {row['metric']}: {row['before']:.4g} -> {row['after']:.4g}")
+    lines.append(
+        f"check    reloaded by transformers, logits within {report['reload_check']['relative_difference']:.1e}"
+    )
+    lines.append(f"time     {report['seconds']:.0f} s")
+    lines.append(f"report   {out / 'report.json'}")
+    lines.append(f"use      compress generate {shlex.quote(str(out))} --prompt 'Hello'")
+    return lines
+
+
+def _ignore(_: Event) -> None:
+    pass

@@ -1,0 +1,102 @@
+"""Loading what was made, or any other model, for use."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
+
+from compress.artifact.inspect import inspect
+from compress.calibrate.errors import InputError
+from compress.device import pick_device
+from compress.model import open_model
+from compress.options import GenerateOptions
+
+
+def load(
+    model: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an artifact, a Hub id, a folder or a ``.gguf`` file.
+
+    Args:
+        model: what to load. An artifact's files are checked against its report first.
+        device: as on the command line.
+        dtype: of the computation.
+        trust_remote_code: let the tokenizer's own Python code run.
+
+    Returns:
+        A transformers model in eval mode, and its tokenizer.
+
+    Raises:
+        InputError: no such model, or a damaged artifact.
+    """
+    place = pick_device(device)
+    folder = Path(model)
+    if (folder / "report.json").is_file():
+        found = inspect(folder)
+        if found.damaged:
+            raise InputError("--model", model, f"is damaged: {', '.join(found.damaged)} changed since it was written")
+        if found.report is not None:
+            loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+            return loaded.to(place).eval(), AutoTokenizer.from_pretrained(str(folder))
+    view = open_model(str(model), trust_remote_code)
+    return view.load_dense(dtype).to(place), view.tokenizer()
+
+
+def generate(model: str, prompt: str, options: GenerateOptions | None = None) -> Iterator[str]:
+    """Answer a prompt, piece by piece.
+
+    Yields:
+        Text as it is generated.
+
+    Raises:
+        InputError: no such model, an empty prompt, or a prompt that leaves no room in the context.
+    """
+    options = options or GenerateOptions()
+    loaded, tokenizer = load(model, device=options.device, trust_remote_code=options.trust_remote_code)
+    ids = _prompt_ids(prompt, tokenizer, options.chat).to(loaded.device)
+    context = getattr(loaded.config, "max_position_embeddings", None)
+    if not ids.numel():
+        raise InputError("--prompt", repr(prompt), "is empty")
+    if context and ids.shape[1] >= context:
+        raise InputError("--prompt", None, f"has {ids.shape[1]} tokens, the model's context {context}")
+    room = options.max_new_tokens if context is None else min(options.max_new_tokens, context - ids.shape[1])
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature}
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def work() -> None:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(options.seed)
+                loaded.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, streamer=streamer, **sampling
+                )
+        finally:
+            streamer.end()
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        yield from streamer
+        done.result()
+
+
+def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> torch.Tensor:
+    if chat and not tokenizer.chat_template:
+        raise InputError("--chat", None, "the model has no chat template", fix="use --no-chat")
+    if chat or (chat is None and tokenizer.chat_template):
+        turns = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    else:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+    return ids

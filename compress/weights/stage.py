@@ -1,0 +1,270 @@
+"""The stage ``weights``: from the original checkpoint to quantized layers on disk, one decoder layer at a time.
+
+RSQ is three settings of this stage: ``rotation`` (weights/rotation.py), ``importance`` (calibrate/importance.py) and the
+solver (weights/gptq.py). A finished layer leaves its tensors, and the inputs of the next one, in the work folder.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compress.artifact.compressed_tensors import Scheme, dequantized, packed_tensors
+from compress.calibrate.errors import InputError
+from compress.calibrate.stream import ActivationFile
+from compress.calibrate.windows import expand
+from compress.events import LayerDone, LayerStarted, Message, ModuleDone, StageDone, StageStarted
+from compress.job import Estimate, Job, Result
+from compress.model import ModelFacts
+from compress.recipe import Recipe
+from compress.schema import Weights
+from compress.weights import choices
+from compress.weights.gptq import Settings, round_to_nearest
+from compress.weights.grid import Grid
+from compress.weights.layer import Quantized, Streams, Work, quantize_layer
+from compress.weights.observe import Pieces
+from compress.weights.rotation import Rotations, describe, make_rotations, rotate_layer, rotate_rows, unties
+
+PROBE_TOKENS = 64  # of the reload check
+HEAD_ROWS = 8192  # of the output head, quantized at once
+
+
+class WeightsStage:
+    """Weight quantization, as the section ``weights`` of the recipe describes it."""
+
+    name = "weights"
+
+    def preflight(self, facts: ModelFacts, recipe: Recipe) -> None:
+        """See :class:`compress.job.Stage`."""
+        choices.check(facts, recipe)
+
+    def estimate(self, facts: ModelFacts, recipe: Recipe) -> Estimate:
+        """See :class:`compress.job.Stage`."""
+        return choices.estimate(facts, recipe)
+
+    def run(self, job: Job) -> None:
+        """See :class:`compress.job.Stage`."""
+        _Run(job).all_layers()
+
+
+class _Run:
+    """The state of one run of the stage."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.settings: Weights = _present(job.recipe)
+        facts = job.view.facts
+        self.dtype = choices.storage_dtype(facts, job.recipe)
+        self.group_size = choices.group_size(facts, self.settings)
+        self.rotations: Rotations = make_rotations(facts, self.settings, job.report["seed"])
+        self.untied = unties(facts, self.settings)
+        self.head_bits = choices.head_bits(facts, self.settings)
+        ids, measured = _tokens(job)
+        counts = torch.bincount(ids.flatten(), minlength=facts.config.vocab_size)
+        self.work = Work(self.settings, self.group_size, self.dtype, ids, counts, measured, job.device)
+        self.state = job.folder.stage("weights")
+
+    def all_layers(self) -> None:
+        """Run, or go on, layer by layer; then describe the result."""
+        job, total = self.job, self.job.view.num_layers
+        started = time.perf_counter()
+        job.emit(StageStarted("weights", total))
+        if "layers" not in self.state:
+            self._ends()
+            self.state |= {"layers": 0, "modules": [], "seconds": 0.0}
+            job.folder.save()
+        elif self.state["layers"]:
+            job.emit(Message(f"resumed: {self.state['layers']} of {total} layers are done"))
+        scratch = self._scratch()
+        for index in range(self.state["layers"], total):
+            self._layer(index, total, scratch)
+        for file in scratch:
+            file.path.unlink(missing_ok=True)
+        seconds = time.perf_counter() - started
+        job.result = self._result()
+        job.report["weights"] = self._report()
+        job.emit(StageDone("weights", seconds))
+
+    def _ends(self) -> None:
+        """Embedding, final norm and head: rotated, stored, and the first layer's inputs made from what is stored."""
+        view, family = self.job.view, self.job.view.family
+        gain = view.final_norm_weight()
+        _check_finite(f"{family.embed}.weight", embed := view.embed_weight(), view.source)
+        if not view.tied or self.untied:
+            head = rotate_rows(view.head_weight(), self.rotations, gain)
+            self.job.folder.save_tensors("head.safetensors", self._head(head))
+            del head
+        embed = rotate_rows(embed, self.rotations).to(self.dtype)
+        self.job.folder.save_tensors("embed.safetensors", {f"{family.embed}.weight": embed})
+        norm = torch.ones_like(gain) if self.rotations.residual is not None else gain
+        self.job.folder.save_tensors("norm.safetensors", {f"{family.final_norm}.weight": norm.to(self.dtype)})
+        hidden = self._hidden(0)
+        for sample, ids in enumerate(self.work.ids):
+            hidden[sample] = embed[ids]
+        hidden.flush()
+
+    def _head(self, head: Tensor) -> dict[str, Tensor]:
+        name = self.job.view.family.head
+        if self.head_bits == 16:
+            return {f"{name}.weight": head.to(self.dtype)}
+        scheme = self._head_scheme()
+        columns = head.shape[1]
+        grid = Grid(scheme.bits, symmetric=True, dtype=self.dtype)
+        settings = Settings(grid, columns if scheme.group_size == -1 else scheme.group_size, clip="none")
+        parts = [round_to_nearest(rows, settings) for rows in head.split(HEAD_ROWS)]
+        return packed_tensors(
+            name,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales.scale for part in parts]),
+            torch.cat([part.scales.zero for part in parts]),
+            scheme,
+            self.dtype,
+        )
+
+    def _head_scheme(self) -> Scheme:
+        return Scheme(8, self.group_size, symmetric=True)
+
+    def _layer(self, index: int, total: int, scratch: tuple[ActivationFile, ActivationFile]) -> None:
+        job, view = self.job, self.job.view
+        started = time.perf_counter()
+        job.emit(LayerStarted(index, total))
+        weights = view.layer_weights(index)
+        for name, weight in weights.items():
+            _check_finite(f"{view.family.layers}.{index}.{name}", weight, view.source)
+        weights = rotate_layer(weights, view.family, self.rotations)
+        linear = {f"{module}.weight" for module in view.family.roles.values()}
+        # what isn't quantized takes part as it will be stored
+        weights = {name: w if name in linear else w.to(self.dtype).float() for name, w in weights.items()}
+        layer = view.build_layer(index, weights).to(job.device)
+        length = self.work.ids.shape[1]
+        cos, sin = view.position_embeddings(length)
+        mask = view.attention_mask(index, length)
+        pieces = Pieces(
+            layer,
+            view.family,
+            (cos.to(job.device), sin.to(job.device)),
+            None if mask is None else mask.to(job.device),
+        )
+        inputs, outputs = self._hidden(index), self._hidden(index + 1)
+        names = {role: fact.name for role, fact in view.linears(index).items()}
+        streams = Streams(inputs, outputs, *scratch)
+        done = quantize_layer(pieces, streams, self.work, names, view.window(index))
+        self._store(index, done, {name: w for name, w in weights.items() if name not in linear})
+        outputs.flush()
+        self.state["layers"] = index + 1
+        self.state["modules"] += [_line(part, self.group_size) for part in done]
+        self.state["seconds"] += time.perf_counter() - started
+        job.folder.save()
+        inputs.path.unlink()
+        for part in done:
+            job.emit(_event(part, self.group_size))
+        job.emit(LayerDone(index, total, time.perf_counter() - started))
+
+    def _store(self, index: int, done: list[Quantized], rest: dict[str, Tensor]) -> None:
+        prefix = f"{self.job.view.family.layers}.{index}."
+        tensors = {prefix + name: tensor.to(self.dtype) for name, tensor in rest.items()}
+        for part in done:
+            scales = part.solution.scales
+            scheme = self._scheme(part.bits)
+            tensors |= packed_tensors(part.name, part.solution.codes, scales.scale, scales.zero, scheme, self.dtype)
+        self.job.folder.save_tensors(_layer_file(index), tensors)
+
+    def _scheme(self, bits: int) -> Scheme:
+        return Scheme(bits, self.group_size, self.settings.symmetric)
+
+    def _hidden(self, index: int) -> ActivationFile:
+        samples, length = self.work.ids.shape
+        shape = (samples, length, self.job.view.config.hidden_size)
+        return ActivationFile(self.job.folder.path / f"hidden-{index:05d}.bin", shape)
+
+    def _scratch(self) -> tuple[ActivationFile, ActivationFile]:
+        samples, length = self.work.ids.shape
+        linears = self.job.view.linears(0)
+        widths = {"attention": linears["o"].in_features, "mlp": linears["down"].in_features}
+        attention, mlp = (
+            ActivationFile(self.job.folder.path / f"{name}.bin", (samples, length, width))
+            for name, width in widths.items()
+        )
+        return attention, mlp
+
+    def _result(self) -> Result:
+        job, view = self.job, self.job.view
+        folder = job.folder.path
+        layers = [folder / _layer_file(index) for index in range(view.num_layers)]
+        head = [folder / "head.safetensors"] if not view.tied or self.untied else []
+        schemes = {module["name"]: self._scheme(module["bits"]) for module in self.state["modules"]}
+        if self.head_bits == 8:
+            schemes[view.family.head] = self._head_scheme()
+        return Result(
+            parts=[folder / "embed.safetensors", *layers, folder / "norm.safetensors", *head],
+            schemes=schemes,
+            untied=self.untied,
+            dtype=self.dtype,
+            probe=self.work.ids[0, :PROBE_TOKENS].clone(),
+            logits=self._logits(head[0] if head else folder / "embed.safetensors"),
+        )
+
+    def _logits(self, file: Path) -> Tensor:
+        """The quantized model's answer to the probe: the last hidden states, final norm, head."""
+        view = self.job.view
+        hidden = self._hidden(view.num_layers)[0][:PROBE_TOKENS].double()
+        gain = load_file(self.job.folder.path / "norm.safetensors")[f"{view.family.final_norm}.weight"].double()
+        normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + view.config.rms_norm_eps) * gain
+        tensors = load_file(file)
+        if self.head_bits == 8:
+            head = dequantized(tensors, view.family.head, 8)
+        else:
+            head = next(iter(tensors.values())).float()
+        return normed.float() @ head.t()
+
+    def _report(self) -> dict[str, Any]:
+        residual, heads = describe(self.job.view.facts, self.settings)
+        modules = self.state["modules"]
+        return {
+            "group_size": self.group_size,
+            "rotation": {"residual": residual, "heads": heads, "seed": self.job.report["seed"]},
+            "untied": self.untied,
+            "lm_head_bits": self.head_bits,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "seconds": round(self.state["seconds"], 2),
+            "degraded": [module["name"] for module in modules if module["note"]],
+            "modules": modules,
+        }
+
+
+def _present(recipe: Recipe) -> Weights:
+    assert recipe.weights is not None  # the pipeline runs a stage only if its section is there
+    return recipe.weights
+
+
+def _tokens(job: Job) -> tuple[Tensor, bool]:
+    """Calibration windows, expanded; without calibration one window of random tokens, for the reload check alone."""
+    if job.calibration is not None and job.recipe.calibration is not None:
+        return expand(job.calibration.ids, job.recipe.calibration.expansion), True
+    generator = torch.Generator().manual_seed(job.report["seed"])
+    return torch.randint(job.view.config.vocab_size, (1, PROBE_TOKENS), generator=generator), False
+
+
+def _layer_file(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"
+
+
+def _check_finite(name: str, weight: Tensor, source: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise InputError("--model", source, f"{name} holds NaN or infinite values", fix="the checkpoint is damaged")
+
+
+def _line(part: Quantized, group_size: int) -> dict[str, Any]:
+    """One module of the report; figures that don't exist are null."""
+    return {key: None if value != value else value for key, value in asdict(_event(part, group_size)).items()}
+
+
+def _event(part: Quantized, group_size: int) -> ModuleDone:
+    solution = part.solution
+    return ModuleDone(
+        part.name, part.bits, group_size, part.relative_error, solution.damp, round(part.seconds, 3), solution.note
+    )

@@ -1,0 +1,141 @@
+"""The folder of an unfinished run, ``OUT.partial``: what is done is on disk, what is said about it is in ``state.json``.
+
+Files are written beside their place and renamed; the state names them only after that. So a kill at any moment leaves a
+state that is true, and the same command goes on from it. The state begins with the run's fingerprint: model files, recipe,
+calibration tokens, versions. A run with another fingerprint refuses to continue and says what differs.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.calibrate.errors import InputError
+
+STATE = "state.json"
+SUFFIX = ".partial"
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a run that will end in ``out`` keeps its work."""
+    return out.with_name(out.name + SUFFIX)
+
+
+class WorkFolder:
+    """The work of one run; use it as a context manager, which keeps other runs out.
+
+    Args:
+        out: where the artifact will stand.
+        fingerprint: what the result depends on, as nested mappings of JSON types.
+        resume: go on with what is there; False throws it away.
+
+    Raises:
+        InputError: on entering, when another run is in the folder, or the work there belongs to another fingerprint.
+    """
+
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
+        self.out = out
+        self.path = partial_folder(out)
+        self.artifact = self.path / "artifact"
+        self.resumed = False
+        self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "stages": {}}
+        self._resume = resume
+        self._lock = FileLock(str(out.parent / f".{out.name}.lock"))
+
+    def __enter__(self) -> "WorkFolder":
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                "--out", self.out, "another run is writing there", fix="wait for it or choose another folder"
+            ) from error
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        if self.path.exists() and not self._resume:
+            shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        file = self.path / STATE
+        if not file.exists():
+            self.save()
+            return
+        try:
+            kept = json.loads(file.read_text())
+            changes = differences(kept["fingerprint"], self.state["fingerprint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("--resume", file, "can't be read", fix="start over with --fresh") from error
+        if changes:
+            raise InputError(
+                "--resume",
+                self.path,
+                f"the run begun there was another one: {'; '.join(changes)}",
+                fix="start over with --fresh, or choose another --out",
+            )
+        self.state = kept
+        self.resumed = bool(kept["stages"])
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """The state of one stage, to be changed in place and then saved."""
+        section: dict[str, Any] = self.state["stages"].setdefault(name, {})
+        return section
+
+    def save(self) -> None:
+        """Write the state, atomically."""
+        write_text(self.path / STATE, json.dumps(self.state, indent=1))
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
+        """Write a safetensors file, atomically."""
+        target = self.path / name
+        part = target.with_name(target.name + ".part")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        _settle(part, target)
+        return target
+
+    def publish(self) -> None:
+        """Move the finished artifact to its place and remove the work."""
+        self.artifact.replace(self.out)
+        shutil.rmtree(self.path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    _settle(part, path)
+
+
+def _settle(part: Path, target: Path) -> None:
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(target)
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """What differs between two nested mappings, as ``key: old, now new``, at most five entries."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+        return found if len(found) <= 5 else [*found[:4], f"and {len(found) - 4} more"]
+    return [] if old == new else [f"{place} was {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 40 else text[:12] + "…"
