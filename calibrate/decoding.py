@@ -67,25 +67,18 @@ class Writer:
     Args:
         openings: token ids to begin a document with, in turn; never ends.
         ends: tokens that end a document when drawn. They are replaced by the next opening.
-        longest: drawn tokens after which a document ends in any case.
     """
 
-    def __init__(self, openings: Iterator[list[int]], ends: frozenset[int], longest: int) -> None:
+    def __init__(self, openings: Iterator[list[int]], ends: frozenset[int]) -> None:
         self._openings = openings
         self._ends = ends
-        self._longest = longest
-        self._age = 0
         self._due = deque(next(openings))
 
     def follow(self, drawn: int) -> int:
         """The token that comes next, given the one that the model would have."""
-        if not self._due and (drawn in self._ends or self._age >= self._longest):
+        if not self._due and drawn in self._ends:
             self._due.extend(next(self._openings))
-            self._age = 0
-        if self._due:
-            return self._due.popleft()
-        self._age += 1
-        return drawn
+        return self._due.popleft() if self._due else drawn
 
 
 class _Room(DynamicLayer):

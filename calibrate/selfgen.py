@@ -29,17 +29,15 @@ class SelfText:
         seed: of everything random. Equal seeds give equal text on the same machine.
         choice: which tokens may be drawn.
         chunk: tokens of a sequence; windows are packed from sequences.
-        document: drawn tokens after which a new document is opened.
         chat_share: of the sequences, that are answers to requests, if the tokenizer has a chat template.
         batch: sequences written at once, fewer where their keys and values would need more than 512 MiB.
     """
 
     seed: int = 0
     choice: Filter = field(default_factory=Filter)
-    chunk: int = 256
-    document: int = 192
-    chat_share: float = 0.25
-    batch: int = 64
+    chunk: int = 128
+    chat_share: float = 0.0
+    batch: int = 128
 
 
 def self_generated(
@@ -67,7 +65,7 @@ def self_generated(
     count = math.ceil(samples * seq_len / chunk)
     uniforms = torch.rand(count, chunk, generator=torch.Generator().manual_seed(settings.seed))
     ends = frozenset(tokenizer.all_special_ids)
-    writers = [Writer(openings, ends, settings.document) for openings in _scripts(tokenizer, count, settings)]
+    writers = [Writer(openings, ends) for openings in _scripts(tokenizer, count, settings)]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     banned = torch.arange(min(len(tokenizer), vocabulary), vocabulary)
     written = 0
@@ -113,9 +111,10 @@ def _scripts(tokenizer: PreTrainedTokenizerBase, count: int, settings: SelfText)
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[list[int]]:
-    yield _first_token(tokenizer) + _ids(tokenizer, opening(rng))
+    first = _first_token(tokenizer)
     while True:
-        yield _ids(tokenizer, SEPARATOR + opening(rng))
+        yield first + _ids(tokenizer, SEPARATOR + opening(rng))
+        first = []
 
 
 def _requests(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
 """Layer inputs on disk: the activations of all calibration samples, one memory-mapped file.
 
-A run holds the inputs of one decoder layer at a time. For 128 x 2048 tokens of a 4096-wide model that is 4.3 GB, so they
-live in files, and the operating system's page cache decides what stays in memory.
+A run holds the inputs of one decoder layer at a time. For 128 x 2048 tokens of a 4096-wide model that is 4.3 GB, so
+they live in files, and the operating system's page cache decides what stays in memory.
 """
 
 import os

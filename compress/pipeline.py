@@ -280,8 +280,8 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
     errors = sorted(m["relative_error"] for m in weights.get("modules", []) if m["relative_error"] is not None)
     lines = [
         f"{report['model']['name']} -> {out}",
-        f"size     {artifact['weight_bytes'] / 1e6:.1f} MB, {artifact['bits_per_weight']:.2f} bits a weight over the whole "
-        f"file ({artifact['bytes_16bit'] / artifact['weight_bytes']:.2f}x smaller than 16 bits)",
+        f"size     {artifact['weight_bytes'] / 1e6:.1f} MB, {artifact['bits_per_weight']:.2f} bits a weight "
+        f"over the whole file ({artifact['bytes_16bit'] / artifact['weight_bytes']:.2f}x smaller than 16 bits)",
     ]
     if errors:
         lines.append(

@@ -90,7 +90,8 @@ class Plan:
         facts, config = self.facts, self.facts.config
         heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} KV heads of {facts.head_dim}"
         lines = [
-            f"model      {facts.name} ({facts.family.name}): {facts.num_layers} layers, hidden {config.hidden_size}, {heads}, "
+            f"model      {facts.name} ({facts.family.name}): {facts.num_layers} layers, hidden {config.hidden_size}, "
+            f"{heads}, "
             f"{'tied' if facts.tied else 'untied'} head, {facts.num_params / 1e6:.1f}M parameters, "
             f"{facts.checkpoint_bytes / 1e6:.1f} MB",
             f"recipe     {self.recipe.name}: {self.recipe.description}",

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextIteratorStreamer,
 )
 
+from compress.artifact.export import load_artifact
 from compress.artifact.inspect import inspect
 from compress.calibrate.errors import InputError
 from compress.device import pick_device
@@ -40,13 +40,12 @@ def load(
     """
     place = pick_device(device)
     folder = Path(model)
-    if (folder / "report.json").is_file():
+    if (folder / "config.json").is_file():
         found = inspect(folder)
         if found.damaged:
             raise InputError("--model", model, f"is damaged: {', '.join(found.damaged)} changed since it was written")
-        if found.report is not None:
-            loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-            return loaded.to(place).eval(), AutoTokenizer.from_pretrained(str(folder))
+        if "quantization_config" in found.config:
+            return load_artifact(folder, dtype).to(place), AutoTokenizer.from_pretrained(str(folder))
     view = open_model(str(model), trust_remote_code)
     return view.load_dense(dtype).to(place), view.tokenizer()
 

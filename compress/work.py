@@ -1,8 +1,8 @@
-"""The folder of an unfinished run, ``OUT.partial``: what is done is on disk, what is said about it is in ``state.json``.
+"""The folder of an unfinished run, ``OUT.partial``: work in files, and what is true about it in ``state.json``.
 
 Files are written beside their place and renamed; the state names them only after that. So a kill at any moment leaves a
-state that is true, and the same command goes on from it. The state begins with the run's fingerprint: model files, recipe,
-calibration tokens, versions. A run with another fingerprint refuses to continue and says what differs.
+state that is true, and the same command goes on from it. The state begins with the run's fingerprint: model files,
+recipe, calibration tokens, versions. A run with another fingerprint refuses to continue and says what differs.
 """
 
 import json

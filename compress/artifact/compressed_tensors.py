@@ -2,7 +2,7 @@
 
 A linear layer ``NAME`` of shape ``[rows, columns]`` becomes
 
-    NAME.weight_packed      int32 [rows, ceil(columns * bits / 32)], codes + 2^(bits-1) as a dense little-endian bit stream
+    NAME.weight_packed      int32 [rows, ceil(columns * bits / 32)], codes + 2^(bits-1) as a little-endian bit stream
     NAME.weight_scale       [rows, groups] in the storage dtype
     NAME.weight_zero_point  int32 [ceil(rows * bits / 32), groups], asymmetric only, packed along the rows
     NAME.weight_shape       int64 [2] = (rows, columns)
@@ -85,7 +85,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) ->
     ordered = sorted(counts, key=lambda scheme: -len(counts[scheme]))
     groups = {
         f"group_{index}": QuantizationScheme(
-            targets=["Linear"] if index == 0 else [_exactly(name) for name in counts[scheme]],
+            targets=["Linear"] if index == 0 else counts[scheme],
             weights=_args(scheme),
             format=FORMAT,
         )
@@ -116,7 +116,3 @@ def _args(scheme: Scheme) -> QuantizationArgs:
     shape = {"strategy": "channel"} if scheme.group_size == -1 else {"strategy": "group"}
     size = {} if scheme.group_size == -1 else {"group_size": scheme.group_size}
     return QuantizationArgs(num_bits=scheme.bits, type="int", symmetric=scheme.symmetric, **shape, **size)
-
-
-def _exactly(name: str) -> str:
-    return "re:^" + name.replace(".", r"\.") + "$"

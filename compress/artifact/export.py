@@ -2,7 +2,9 @@
 
 import copy
 import hashlib
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,13 @@ def artifact_config(view: ModelView, result: Result) -> Any:
     return config
 
 
+def load_artifact(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Plain ``from_pretrained`` in eval mode, without its progress bars."""
+    with redirect_stderr(io.StringIO()):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+    return model.eval()
+
+
 def check_reload(folder: Path, result: Result) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the artifact as a user would and compare it with the model in memory.
 
@@ -68,7 +77,7 @@ def check_reload(folder: Path, result: Result) -> tuple[PreTrainedModel, dict[st
     Raises:
         RuntimeError: the logits differ; the artifact must not be used.
     """
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    model = load_artifact(folder, torch.float32)
     with torch.no_grad():
         logits = model(result.probe.unsqueeze(0)).logits[0].float()
     difference = float((logits - result.logits).abs().max() / result.logits.abs().max())

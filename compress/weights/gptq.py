@@ -6,7 +6,8 @@ Everything minimises the layer's output error on the calibration inputs,
 
 where ``w_t`` is the importance of token t (all ones is GPTQ, attention concentration is RSQ, arXiv 2503.01820).
 
-With ``H + damp = R R^T``, R upper triangular, and ``R~ = R / diag(R)`` (unit diagonal), columns are rounded left to right:
+With ``H + damp = R R^T``, R upper triangular, and ``R~ = R / diag(R)`` (unit diagonal), columns are rounded left to
+right:
 
     w_hat_i = round(w_i + sum_{j<i} (w_j - w_hat_j) R~[j, i])
 

@@ -1,14 +1,14 @@
 """The uniform grid of group quantization: scales, zero points, codes.
 
-A weight matrix ``W [rows, columns]`` (out x in) is cut along its columns into groups of ``group_size``. Every (row, group)
-has a scale ``s`` and, when asymmetric, a zero point ``z``:
+A weight matrix ``W [rows, columns]`` (out x in) is cut along its columns into groups of ``group_size``. Every (row,
+group) has a scale ``s`` and, when asymmetric, a zero point ``z``:
 
     code = clamp(round(w / s) + z, lowest, highest)        w_hat = s * (code - z)
 
-Codes are signed, ``-2^(b-1) .. 2^(b-1)-1``, as compressed-tensors stores them. A symmetric grid has one level more below
-zero than above it, so a symmetric scale carries a *sign*: a group whose largest weight is positive gets a negative scale
-and uses that level too. At 3 bits this is worth as much as an eighth of the range, and costs nothing to store.
-Scales are rounded to the storage dtype before a code is chosen: what is searched is what is loaded.
+Codes are signed, ``-2^(b-1) .. 2^(b-1)-1``, as compressed-tensors stores them. A symmetric grid has one level more
+below zero than above it, so a symmetric scale carries a *sign*: a group whose largest weight is positive gets a
+negative scale and uses that level too. At 3 bits this is worth as much as an eighth of the range, and costs nothing to
+store. Scales are rounded to the storage dtype before a code is chosen: what is searched is what is loaded.
 """
 
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ def search_scales(
     Returns:
         The scales. With ``norm == 2`` the winner is polished by the closed form ``s = <w, c>_h / <c, c>_h``.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     h = torch.ones(columns, device=weight.device) if importance is None else importance.to(weight)
     h = (h + h.mean() * 1e-6 + torch.finfo(torch.float32).tiny).view(1, -1, group_size)
     parts = [

@@ -1,12 +1,12 @@
 """Running one decoder layer piece by piece, so that every linear layer's input is seen once.
 
-The layer is transformers' own module; only its order of calls is spelled out here, for the pre-norm block of every family
-in the table:
+The layer is transformers' own module; only its order of calls is spelled out here, for the pre-norm block of every
+family in the table:
 
     x = norm(h);  a = attention(x);  h2 = h + o(a);  y = norm(h2);  d = act(gate y) * up y;  h3 = h2 + down(d)
 
-For the pieces, ``o_proj`` and ``down_proj`` give way to an identity, and attention goes through a function of ours that can
-look at queries and keys after their norms and rotary embedding, whatever the family does to them.
+For the pieces, ``o_proj`` and ``down_proj`` give way to an identity, and attention goes through a function of ours that
+can look at queries and keys after their norms and rotary embedding, whatever the family does to them.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ class Pieces:
         self.positions = positions
         self.mask = mask
         self.attention = layer.get_submodule(family.attention)
-        self.attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr, assignment]
+        self.attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr]
 
     def linear(self, role: str) -> nn.Linear:
         """The linear layer of a role: q, k, v, o, gate, up, down."""

@@ -1,7 +1,7 @@
 """The stage ``weights``: from the original checkpoint to quantized layers on disk, one decoder layer at a time.
 
-RSQ is three settings of this stage: ``rotation`` (weights/rotation.py), ``importance`` (calibrate/importance.py) and the
-solver (weights/gptq.py). A finished layer leaves its tensors, and the inputs of the next one, in the work folder.
+RSQ is three settings of this stage: ``rotation`` (weights/rotation.py), ``importance`` (calibrate/importance.py) and
+the solver (weights/gptq.py). A finished layer leaves its tensors, and the inputs of the next one, in the work folder.
 """
 
 import time

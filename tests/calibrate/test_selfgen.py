@@ -8,7 +8,7 @@ from compress.calibrate.decoding import Filter, Writer, cache_for, write
 from compress.calibrate.openings import KINDS, REQUESTS, opening, request
 from compress.calibrate.selfgen import SelfText, fast_dtype, self_generated
 
-SMALL = SelfText(chunk=24, document=16)
+SMALL = SelfText(chunk=24)
 
 
 def test_shape_and_vocabulary(model, tokenizer):
@@ -22,14 +22,14 @@ def test_seed_decides_and_the_global_generator_is_left_alone(model, tokenizer):
     states = torch.get_rng_state(), random.getstate()
     one = self_generated(model, tokenizer, 2, 48, SMALL)
     assert one.digest == self_generated(model, tokenizer, 2, 48, SMALL).digest
-    assert one.digest != self_generated(model, tokenizer, 2, 48, SelfText(seed=1, chunk=24, document=16)).digest
+    assert one.digest != self_generated(model, tokenizer, 2, 48, SelfText(seed=1, chunk=24)).digest
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
 
 
 def test_batch_and_memory_do_not_change_the_text(model, tokenizer, monkeypatch):
     whole = self_generated(model, tokenizer, 4, 48, SMALL)
-    assert torch.equal(whole.ids, self_generated(model, tokenizer, 4, 48, SelfText(chunk=24, document=16, batch=3)).ids)
+    assert torch.equal(whole.ids, self_generated(model, tokenizer, 4, 48, SelfText(chunk=24, batch=3)).ids)
     batches = []
     monkeypatch.setattr(selfgen, "CACHE_BYTES", 2 * selfgen._cache_bytes(model, 24))
     monkeypatch.setattr(selfgen, "write", lambda m, w, *rest: batches.append(len(w)) or write(m, w, *rest))
@@ -49,7 +49,7 @@ def test_requests_are_a_share_of_the_sequences(model, tokenizer, monkeypatch):
     start = tokenizer.bos_token_id
 
     def chats(share):
-        made = self_generated(model, tokenizer, 8, 24, SelfText(chunk=24, document=16, chat_share=share))
+        made = self_generated(model, tokenizer, 8, 24, SelfText(chunk=24, chat_share=share))
         return [bool(row[0] == start) for row in made.ids]
 
     assert chats(0.25) == [False, False, False, True] * 2
@@ -62,7 +62,7 @@ def test_sampled_tokens_are_what_the_model_gives_without_a_cache(model):
     """Greedy writing with the cache equals a full forward pass a token, from ragged openings."""
     length, greedy = 12, Filter(top_k=1)
     openings = [[5, 9, 3], [7]]
-    writers = [Writer(itertools.chain([start]), frozenset(), 99) for start in openings]
+    writers = [Writer(itertools.chain([start]), frozenset()) for start in openings]
     none = torch.empty(0, dtype=torch.int64)
     made = write(model, writers, torch.zeros(2, length), greedy, none, lambda tokens: None)
     for start, row in zip(openings, made, strict=True):
@@ -85,8 +85,8 @@ def test_cache_storage_is_made_once(model):
 
 
 def test_writer_opens_a_new_document_at_its_end():
-    writer = Writer(iter([[1, 2], [3, 4], [5], [6]]), ends=frozenset({0}), longest=2)
-    assert [writer.follow(drawn) for drawn in (-1, 99, 10, 0, 99, 11, 12, 13, 14)] == [1, 2, 10, 3, 4, 11, 12, 5, 14]
+    writer = Writer(iter([[1, 2], [3, 4], [5]]), ends=frozenset({0}))
+    assert [writer.follow(drawn) for drawn in (-1, 0, 10, 0, 99, 11, 12, 0, 14)] == [1, 2, 10, 3, 4, 11, 12, 5, 14]
 
 
 PROBABILITIES = torch.tensor([[0.5, 0.12, 0.0, 0.3, 0.08]])
