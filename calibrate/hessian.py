@@ -6,11 +6,31 @@ from torch import Tensor
 TILE = 512  # columns a tile; only tiles on and above the diagonal are computed
 
 
+def gram(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """One sample's share of H.
+
+    Args:
+        x: inputs ``[T, n]``, float32.
+        weight: importance of every token ``[T]``, or None for ones; the two give the same bits for equal tokens.
+
+    Returns:
+        ``X^T diag(w) X [n, n]`` float32; below the tiles on the diagonal it is zero.
+    """
+    if weight is not None:
+        x = x * weight.sqrt().unsqueeze(1)
+    size = x.shape[1]
+    result = torch.zeros(size, size, dtype=x.dtype, device=x.device)
+    for row in range(0, size, TILE):
+        rows = slice(row, min(row + TILE, size))
+        torch.mm(x[:, rows].t(), x[:, row:], out=result[rows, row:])
+    return result
+
+
 class Hessian:
-    """Accumulates ``H [n, n]`` from layer inputs, in float64, from float32 products.
+    """Sums shares of H in float64.
 
     Attributes:
-        value: the sum so far, float64 on the device of the inputs.
+        value: the sum so far ``[n, n]``; its lower triangle means nothing.
         tokens: how many tokens went in.
     """
 
@@ -18,21 +38,10 @@ class Hessian:
         self.value = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Add one sample.
-
-        Args:
-            x: inputs ``[T, n]``, float32.
-            weight: importance of every token ``[T]``, or None for ones. A sample of equal weights and no weights give
-                the same bits.
-        """
-        if weight is not None:
-            x = x * weight.sqrt().unsqueeze(1)
-        size = x.shape[1]
-        for row in range(0, size, TILE):
-            rows = slice(row, min(row + TILE, size))
-            self.value[rows, row:] += x[:, rows].t() @ x[:, row:]
-        self.tokens += x.shape[0]
+    def add(self, share: Tensor, tokens: int) -> None:
+        """Add one sample's :func:`gram` ``[n, n]``, made of so many tokens."""
+        self.value += share
+        self.tokens += tokens
 
     def mean(self) -> Tensor:
         """``H / tokens`` with both triangles filled, float64 ``[n, n]``."""

@@ -36,7 +36,7 @@ class SelfText:
     seed: int = 0
     choice: Filter = field(default_factory=Filter)
     chunk: int = 128
-    chat_share: float = 0.0
+    chat_share: float = 0.125
     batch: int = 128
 
 

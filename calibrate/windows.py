@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 SEPARATOR = "\n\n"
 LEAST_TEXT = 4_000_000  # characters that are tokenized whole, however few windows are wanted
 TEXT_PER_TOKEN = 16  # characters looked at for every token wanted, where the source has more than LEAST_TEXT
+BLOCK = 2_000_000  # characters tokenized at once: a tokenizer needs some 600 bytes a token while it works
 LEAST_SHARE = 0.25  # of the tokens wanted, that a text must have for its windows to overlap
 
 
@@ -60,9 +61,10 @@ def token_windows(
 ) -> CalibrationSet:
     """Random windows of a text.
 
-    The documents are joined with blank lines, tokenized once without special tokens, and ``samples`` windows are drawn.
-    They don't overlap where the text is long enough. A text with at least a quarter of the tokens wanted is used with
-    evenly spread, overlapping windows, and a note says so. Of a very long source only a random part is tokenized.
+    The documents are joined with blank lines, tokenized once without special tokens (in blocks of two million
+    characters, to bound memory), and ``samples`` windows are drawn. They don't overlap where the text is long enough. A
+    text with at least a quarter of the tokens wanted is used with evenly spread, overlapping windows, and a note says
+    so. Of a very long source only a random part is tokenized.
 
     Args:
         source: the text.
@@ -77,7 +79,7 @@ def token_windows(
     """
     generator = torch.Generator().manual_seed(seed)
     text, notes = _bounded(source.documents, max(LEAST_TEXT, TEXT_PER_TOKEN * samples * seq_len), generator)
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    tokens = _tokens(text, tokenizer)
     available, needed = tokens.numel(), samples * seq_len
     if available < max(seq_len, LEAST_SHARE * needed):
         raise _too_short(source.name, available, samples, seq_len, option)
@@ -125,6 +127,20 @@ def _bounded(documents: list[str], limit: int, generator: torch.Generator) -> tu
             break
     note = f"a random part of {limit:,} characters of the {total:,} was tokenized"
     return SEPARATOR.join(taken[index] for index in sorted(taken)), (note,)
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids of a text ``[n]``; blocks end before a line break where there is one in their second half."""
+    parts, start = [], 0
+    while start < len(text):
+        stop = start + BLOCK
+        if stop < len(text):
+            line_break = text.rfind("\n", start + BLOCK // 2, stop)
+            stop = line_break if line_break > start else stop
+        ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(torch.tensor(ids, dtype=torch.int64))
+        start = stop
+    return torch.cat(parts)
 
 
 def _apart(available: int, samples: int, seq_len: int, generator: torch.Generator) -> Tensor:

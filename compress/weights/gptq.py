@@ -19,16 +19,16 @@ which gives the codes of GPTQ from a single Cholesky factor and no inverse. Then
 neither of which can raise the loss. Matrices are kept transposed, ``[columns, rows]``, so that a column is contiguous.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compress.calibrate.workers import Workers, one_thread
 from compress.weights.grid import Grid, Scales, search_scales
 
 BLOCK = 128  # columns between two full updates
+ROWS = 1536  # about so many rows are solved together: fewer, and Python's share of the time grows
 ESCALATION = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # times the asked damping, until the factorization succeeds
 
 
@@ -99,13 +99,14 @@ def round_to_nearest(weight: Tensor, settings: Settings, hessian: Tensor | None 
     return Solution(settings.grid.encode(weight, scale, zero).to(torch.int8), scales)
 
 
-def solve(weight: Tensor, hessian: Tensor, settings: Settings) -> Solution:
+def solve(weight: Tensor, hessian: Tensor, settings: Settings, workers: Workers | None = None) -> Solution:
     """Quantize one matrix against its Hessian.
 
     Args:
         weight: ``[rows, columns]`` float32. Matrices that share their input may be stacked along the rows.
         hessian: ``H [columns, columns]``, float32 or float64, symmetric, finite. It is not changed.
         settings: see :class:`Settings`.
+        workers: treat blocks of rows side by side; rows don't depend on each other.
 
     Returns:
         The solution. When H can't be factorized at any damping, rounding to nearest, with a note.
@@ -118,19 +119,33 @@ def solve(weight: Tensor, hessian: Tensor, settings: Settings) -> Solution:
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian holds NaN or infinite values")
     diagonal = hessian.diagonal()
-    dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if settings.act_order else None
     factor, damp = factorize(hessian if order is None else hessian[order][:, order], settings.damp)
     if factor is None:
         solution = round_to_nearest(weight, settings, hessian)
         solution.note = "no damping made the Hessian positive definite: rounded to nearest"
         return solution
-    scales = find_scales(weight, diagonal, settings)
-    codes = _ldlq(weight, factor, scales, settings.grid, order)
-    if settings.sweeps:
-        _descend(weight, hessian, codes, scales, settings)
-    note = f"{int(dead.sum())} inputs are always zero in calibration: rounded to nearest" if dead.any() else ""
-    return Solution(codes.to(torch.int8).t().contiguous(), scales, damp, note)
+    unit = (factor / factor.diagonal()).to(weight.dtype)
+    H = hessian.to(weight.dtype)
+
+    def part(rows: Tensor) -> tuple[Tensor, Scales]:
+        with one_thread():
+            scales = find_scales(rows, diagonal, settings)
+            codes = _ldlq(rows, unit, scales, settings.grid, order)
+            if settings.sweeps:
+                _descend(rows, H, codes, scales, settings)
+            return codes.to(torch.int8).t().contiguous(), scales
+
+    blocks = weight.tensor_split(max(1, round(weight.shape[0] / ROWS)))
+    solved = list(workers.map(part, blocks) if workers else map(part, blocks))
+    scales = Scales(
+        torch.cat([found.scale for _, found in solved]),
+        torch.cat([found.zero for _, found in solved]),
+        settings.group_size,
+    )
+    dead = int((diagonal <= 0).sum())
+    note = f"{dead} inputs are always zero in calibration: rounded to nearest" if dead else ""
+    return Solution(torch.cat([codes for codes, _ in solved]), scales, damp, note)
 
 
 def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -163,9 +178,8 @@ def factorize(hessian: Tensor, damp: float) -> tuple[Tensor | None, float]:
     return None, float("nan")
 
 
-def _ldlq(weight: Tensor, factor: Tensor, scales: Scales, grid: Grid, order: Tensor | None) -> Tensor:
-    """Rounded codes, transposed: ``[columns, rows]`` float32 in the original column order."""
-    unit = (factor / factor.diagonal()[None, :]).to(weight.dtype)
+def _ldlq(weight: Tensor, unit: Tensor, scales: Scales, grid: Grid, order: Tensor | None) -> Tensor:
+    """Codes by the unit factor ``R~``, transposed: ``[columns, rows]`` float32 in the original column order."""
     W = weight.t().contiguous() if order is None else weight.t()[order]
     scale, zero = (part.t().contiguous() for part in scales.by_column())
     if order is not None:
@@ -178,13 +192,12 @@ def _ldlq(weight: Tensor, factor: Tensor, scales: Scales, grid: Grid, order: Ten
         target = W[start:stop] + unit[:start, start:stop].t() @ error[:start]
         inner = unit[start:stop, start:stop].t().contiguous()
         local = error[start:stop]
-        with one_thread():
-            for i in range(stop - start):
-                j = start + i
-                wanted = torch.addmv(target[i], local[:i].t(), inner[i, :i]) if i else target[i]
-                code = grid.encode(wanted, scale[j], zero[j])
-                codes[j] = code
-                torch.sub(W[j], code.sub_(zero[j]).mul_(scale[j]), out=local[i])
+        for i in range(stop - start):
+            j = start + i
+            wanted = torch.addmv(target[i], local[:i].t(), inner[i, :i]) if i else target[i]
+            code = grid.encode(wanted, scale[j], zero[j])
+            codes[j] = code
+            torch.sub(W[j], code.sub_(zero[j]).mul_(scale[j]), out=local[i])
     if order is None:
         return codes
     restored = torch.empty_like(codes)
@@ -192,9 +205,8 @@ def _ldlq(weight: Tensor, factor: Tensor, scales: Scales, grid: Grid, order: Ten
     return restored
 
 
-def _descend(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Scales, settings: Settings) -> None:
+def _descend(weight: Tensor, H: Tensor, codes: Tensor, scales: Scales, settings: Settings) -> None:
     """Coordinate descent with scale refits in place, ``settings.sweeps`` times over; ``codes [columns, rows]``."""
-    H = hessian.to(weight.dtype)
     state = _State(H, weight, codes, scales)
     size = settings.group_size
     for sweep in range(settings.sweeps):
@@ -252,26 +264,14 @@ def _sweep(state: _State, block: slice, group: int, grid: Grid) -> Tensor:
     scale, zero, inverse = state.scale[group], state.zero[group], 1.0 / state.scale[group]
     change = torch.zeros_like(value)
     local = state.H[block, block]
-    with one_thread():
-        for i in range(value.shape[0]):
-            step = state.step[block.start + i]
-            if step == float("inf"):
-                continue
-            slope = torch.addmv(gradient[i], change[:i].t(), local[i, :i]) if i else gradient[i]
-            wanted = torch.sub(value[i], slope, alpha=step)
-            code = wanted.mul_(inverse).round_().add_(zero).clamp_(grid.lowest, grid.highest)
-            codes[i] = code
-            torch.sub(code.sub_(zero).mul_(scale), value[i], out=change[i])
-        value += change
+    for i in range(value.shape[0]):
+        step = state.step[block.start + i]
+        if step == float("inf"):
+            continue
+        slope = torch.addmv(gradient[i], change[:i].t(), local[i, :i]) if i else gradient[i]
+        wanted = torch.sub(value[i], slope, alpha=step)
+        code = wanted.mul_(inverse).round_().add_(zero).clamp_(grid.lowest, grid.highest)
+        codes[i] = code
+        torch.sub(code.sub_(zero).mul_(scale), value[i], out=change[i])
+    value += change
     return change
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one thread: a column's work is microseconds, and waking a second thread for it costs more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

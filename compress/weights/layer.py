@@ -7,15 +7,17 @@ Every piece of the layer runs once, because inputs are kept until the piece that
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibrate import importance
-from compress.calibrate.hessian import Hessian
+from compress.calibrate.hessian import Hessian, gram
 from compress.calibrate.importance import Spread
 from compress.calibrate.stream import ActivationFile
+from compress.calibrate.workers import Workers
 from compress.schema import Weights
 from compress.weights.gptq import Settings, Solution, relative_loss, round_to_nearest, solve
 from compress.weights.grid import Grid
@@ -47,6 +49,7 @@ class Work:
         counts: occurrences of every token of the vocabulary, for ``token_freq``.
         measured: whether the inputs are calibration text; if not, no Hessians are formed.
         device: where the layer runs.
+        workers: the threads that treat samples side by side.
     """
 
     settings: Weights
@@ -56,6 +59,7 @@ class Work:
     counts: Tensor
     measured: bool
     device: torch.device
+    workers: Workers
 
     def bits(self, name: str) -> int:
         """Width of a module: the first override whose pattern is found in its name, or the general one."""
@@ -89,7 +93,6 @@ class Streams:
     mlp: ActivationFile
 
 
-@torch.no_grad()
 def quantize_layer(
     pieces: Pieces, streams: Streams, work: Work, names: dict[str, str], window: int | None
 ) -> list[Quantized]:
@@ -105,46 +108,95 @@ def quantize_layer(
     Returns:
         One entry a linear layer, in the order q, k, v, o, gate, up, down.
     """
-    device, samples = work.device, len(streams.inputs)
-    weights = [_importance(pieces, streams.inputs[i].to(device), work, i, window) for i in range(samples)]
+    return _LayerRun(pieces, streams, work, names, window).all()
 
-    def fit(roles: Sequence[str], inputs: Callable[[int], Tensor]) -> list[Quantized]:
-        hessian = Hessian(pieces.linear(roles[0]).in_features, device)
-        for i in range(samples):
+
+class _LayerRun:
+    """One layer's passes over the samples; every method with a sample's index runs in a worker."""
+
+    def __init__(self, pieces: Pieces, streams: Streams, work: Work, names: dict[str, str], window: int | None) -> None:
+        self.pieces, self.streams, self.work, self.names, self.window = pieces, streams, work, names, window
+        self.samples, self.length = work.ids.shape
+        self.weights: list[Tensor | None] = [None] * self.samples
+
+    def all(self) -> list[Quantized]:
+        """Every pass, and every stack quantized between two of them."""
+        if self.work.settings.importance != "none" and self.work.measured:
+            observed = self.work.settings.importance == "attention"
+            with self.pieces.without("o") if observed else nullcontext():
+                self.weights = list(self.work.workers.map(self.importance, range(self.samples)))
+        done = self.fit(("q", "k", "v"), self.attention_input)
+        with self.pieces.without("o"):
+            hessian = self.hessian("o", self.attend)
+        done += self.quantize(("o",), hessian)
+        done += self.fit(("gate", "up"), self.add_attention)
+        with self.pieces.without("down"):
+            hessian = self.hessian("down", self.expand)
+        done += self.quantize(("down",), hessian)
+        for _ in self.work.workers.map(self.add_mlp, range(self.samples)):
+            pass
+        return done
+
+    def fit(self, roles: Sequence[str], inputs: Callable[[int], Tensor]) -> list[Quantized]:
+        """Look at the inputs of a stack, then quantize it."""
+        return self.quantize(roles, self.hessian(roles[0], inputs))
+
+    def hessian(self, role: str, inputs: Callable[[int], Tensor]) -> Tensor | None:
+        """The Hessian of all samples; None, with the pass still made, where there is no calibration text."""
+
+        def share(i: int) -> Tensor | None:
             x = inputs(i)
-            if work.measured:
-                hessian.add(x, weights[i])
-        return _quantize_stack(pieces, roles, names, hessian.mean() if work.measured else None, work)
+            return gram(x, self.weights[i]) if self.work.measured else None
 
-    def attend(i: int) -> Tensor:
-        a = pieces.attention_output(pieces.attention_input(streams.inputs[i].to(device)))
-        streams.attention[i] = a
+        total: Hessian | None = None
+        for part in self.work.workers.map(share, range(self.samples)):
+            if part is not None:
+                total = total or Hessian(part.shape[0], self.work.device)
+                total.add(part, self.length)
+        return None if total is None else total.mean()
+
+    def quantize(self, roles: Sequence[str], hessian: Tensor | None) -> list[Quantized]:
+        """Quantize the linear layers that read one input."""
+        return _quantize_stack(self.pieces, roles, self.names, hessian, self.work)
+
+    def importance(self, i: int) -> Tensor:
+        """The weight of every token of one sample ``[T]``, by the layer's dense weights."""
+        return _importance(self.pieces, self._input(i), self.work, i, self.window)
+
+    def attention_input(self, i: int) -> Tensor:
+        """What q, k, v read."""
+        return self.pieces.attention_input(self._input(i))
+
+    def attend(self, i: int) -> Tensor:
+        """What o reads, kept until o is quantized."""
+        a = self.pieces.attention_output(self.attention_input(i))
+        self.streams.attention[i] = a
         return a
 
-    def add_attention(i: int) -> Tensor:
-        h = streams.inputs[i].to(device) + pieces.linear("o")(streams.attention[i].to(device))
-        streams.outputs[i] = h
-        return pieces.mlp_input(h)
+    def add_attention(self, i: int) -> Tensor:
+        """The residual stream after attention, kept; returns what gate and up read."""
+        h = self._input(i) + self.pieces.linear("o")(self.streams.attention[i].to(self.work.device))
+        self.streams.outputs[i] = h
+        return self.pieces.mlp_input(h)
 
-    def expand(i: int) -> Tensor:
-        d = pieces.mlp_output(pieces.mlp_input(streams.outputs[i].to(device)))
-        streams.mlp[i] = d
+    def expand(self, i: int) -> Tensor:
+        """What down reads, kept until down is quantized."""
+        d = self.pieces.mlp_output(self.pieces.mlp_input(self.streams.outputs[i].to(self.work.device)))
+        self.streams.mlp[i] = d
         return d
 
-    done = fit(STACKS[0], lambda i: pieces.attention_input(streams.inputs[i].to(device)))
-    done += fit(STACKS[1], attend)
-    done += fit(STACKS[2], add_attention)
-    done += fit(STACKS[3], expand)
-    for i in range(samples):
-        streams.outputs[i] = streams.outputs[i].to(device) + pieces.linear("down")(streams.mlp[i].to(device))
-    return done
+    def add_mlp(self, i: int) -> None:
+        """The layer's output."""
+        d = self.streams.mlp[i].to(self.work.device)
+        self.streams.outputs[i] = self.streams.outputs[i].to(self.work.device) + self.pieces.linear("down")(d)
+
+    def _input(self, i: int) -> Tensor:
+        return self.streams.inputs[i].to(self.work.device)
 
 
-def _importance(pieces: Pieces, hidden: Tensor, work: Work, sample: int, window: int | None) -> Tensor | None:
-    """The weight of every token of one sample ``[T]``, by the layer's dense weights; None for plain GPTQ."""
+def _importance(pieces: Pieces, hidden: Tensor, work: Work, sample: int, window: int | None) -> Tensor:
+    """The weight of every token of one sample ``[T]``, by the layer's dense weights."""
     strategy, length = work.settings.importance, hidden.shape[0]
-    if strategy == "none" or not work.measured:
-        return None
     if strategy == "attention":
         raw = torch.empty(0)
 
@@ -178,7 +230,9 @@ def _quantize_stack(
         linears = [pieces.linear(role) for role in members]
         start = time.perf_counter()
         weight = torch.cat([linear.weight for linear in linears])
-        solution = quantize_matrix(weight, hessian, work.solver(bits, weight.shape[1]), work.settings.method)
+        solution = quantize_matrix(
+            weight, hessian, work.solver(bits, weight.shape[1]), work.settings.method, work.workers
+        )
         seconds = time.perf_counter() - start
         quantized = solution.dequantized()
         first = 0
@@ -192,7 +246,9 @@ def _quantize_stack(
     return [done[role] for role in roles]
 
 
-def quantize_matrix(weight: Tensor, hessian: Tensor | None, settings: Settings, method: str) -> Solution:
+def quantize_matrix(
+    weight: Tensor, hessian: Tensor | None, settings: Settings, method: str, workers: Workers | None = None
+) -> Solution:
     """Quantize one matrix by the recipe's method, or to nearest, with a note, where its inputs were unusable."""
     if method == "rtn" or hessian is None:
         return round_to_nearest(weight, settings, hessian)
@@ -200,7 +256,7 @@ def quantize_matrix(weight: Tensor, hessian: Tensor | None, settings: Settings, 
         solution = round_to_nearest(weight, replace(settings, clip="mse"))
         solution.note = "its calibration inputs hold NaN or infinity: rounded to nearest"
         return solution
-    return solve(weight, hessian, settings)
+    return solve(weight, hessian, settings, workers)
 
 
 def _rows(solution: Solution, rows: slice) -> Solution:

@@ -5,8 +5,9 @@ family in the table:
 
     x = norm(h);  a = attention(x);  h2 = h + o(a);  y = norm(h2);  d = act(gate y) * up y;  h3 = h2 + down(d)
 
-For the pieces, ``o_proj`` and ``down_proj`` give way to an identity, and attention goes through a function of ours that
-can look at queries and keys after their norms and rotary embedding, whatever the family does to them.
+While ``o_proj`` or ``down_proj`` give way to an identity (:meth:`Pieces.without`), and attention goes through a
+function of ours that can look at queries and keys after their norms and rotary embedding, whatever the family does to
+them.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,23 +72,20 @@ class Pieces:
         return self._call(self.family.input_norm, hidden)
 
     def attention_output(self, x: Tensor) -> Tensor:
-        """What o reads, ``[T, heads * head_dim]``."""
-        with self._without("o"):
-            return self._attend(x)
+        """Attention of ``x``; without o, what o reads, ``[T, heads * head_dim]``."""
+        return self._attend(x)
 
     def look(self, x: Tensor, observer: Observer) -> None:
         """Show the queries ``[1, heads, T, head_dim]``, keys ``[1, kv_heads, T, head_dim]`` and scaling."""
-        with self._without("o"):
-            self._attend(x, observer=observer)
+        self._attend(x, observer=observer)
 
     def mlp_input(self, hidden: Tensor) -> Tensor:
         """What gate and up read."""
         return self._call(self.family.post_norm, hidden)
 
     def mlp_output(self, y: Tensor) -> Tensor:
-        """What down reads, ``[T, intermediate]``."""
-        with self._without("down"):
-            return self._call(self.family.mlp, y)
+        """The MLP of ``y``; without down, what down reads, ``[T, intermediate]``."""
+        return self._call(self.family.mlp, y)
 
     def whole(self, hidden: Tensor) -> Tensor:
         """The layer as it stands, ``[T, hidden] -> [T, hidden]``."""
@@ -105,7 +103,8 @@ class Pieces:
         return output.squeeze(0)
 
     @contextmanager
-    def _without(self, role: str) -> Iterator[None]:
+    def without(self, role: str) -> Iterator[None]:
+        """Within it an identity stands in the place of a linear layer, so that its input comes out."""
         linear = self.linear(role)
         self.layer.set_submodule(self.family.roles[role], nn.Identity())
         try:

@@ -17,6 +17,7 @@ from compress.artifact.compressed_tensors import Scheme, dequantized, packed_ten
 from compress.calibrate.errors import InputError
 from compress.calibrate.stream import ActivationFile
 from compress.calibrate.windows import expand
+from compress.calibrate.workers import Workers
 from compress.events import LayerDone, LayerStarted, Message, ModuleDone, StageDone, StageStarted
 from compress.job import Estimate, Job, Result
 from compress.model import ModelFacts
@@ -48,13 +49,14 @@ class WeightsStage:
 
     def run(self, job: Job) -> None:
         """See :class:`compress.job.Stage`."""
-        _Run(job).all_layers()
+        with Workers(1 if job.device.type != "cpu" else None) as workers:
+            _Run(job, workers).all_layers()
 
 
 class _Run:
     """The state of one run of the stage."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, workers: Workers) -> None:
         self.job = job
         self.settings: Weights = _present(job.recipe)
         facts = job.view.facts
@@ -65,7 +67,7 @@ class _Run:
         self.head_bits = choices.head_bits(facts, self.settings)
         ids, measured = _tokens(job)
         counts = torch.bincount(ids.flatten(), minlength=facts.config.vocab_size)
-        self.work = Work(self.settings, self.group_size, self.dtype, ids, counts, measured, job.device)
+        self.work = Work(self.settings, self.group_size, self.dtype, ids, counts, measured, job.device, workers)
         self.state = job.folder.stage("weights")
 
     def all_layers(self) -> None:

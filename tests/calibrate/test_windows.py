@@ -99,3 +99,18 @@ def test_expansion_rolls_every_window():
     for factor in (0, 9):
         with pytest.raises(ValueError, match="expansion factor"):
             expand(ids, factor)
+
+
+def test_blocks_lose_nothing_and_end_at_line_breaks(tokenizer, monkeypatch):
+    text = "".join(f"line {i}\n" for i in range(50)) + "x" * 100
+    whole = cut(tokenizer, text, samples=1, seq_len=len(text))
+    monkeypatch.setattr(windows, "BLOCK", 40)
+    sizes = []
+
+    def counting(block, **options):
+        sizes.append(len(block))
+        return tokenizer(block, **options)
+
+    assert torch.equal(cut(counting, text, samples=1, seq_len=len(text)).ids, whole.ids)
+    assert max(sizes) <= 40
+    assert len(sizes) > 10

@@ -1,0 +1,356 @@
+"""Whole runs on tiny models: what they leave behind loads in plain transformers, and is what was computed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from compress.calibrate import importance
+from compress.calibrate.errors import InputError
+from compress.cli.main import main
+from models import CONFIGS
+from runs import Log, arguments, decoded, digest, distance, logits, options, quick, rebuilt, scheme_of, stored
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from compress import planning
+from compress.artifact import export
+from compress.events import LayerDone, LayerStarted, ModuleDone, StageDone, StageStarted
+from compress.options import RunOptions
+from compress.pipeline import RunResult, plan, run
+from compress.recipe import Recipe
+
+Tiny = Callable[[str], Path]
+
+
+def check(result: RunResult) -> dict[str, Any]:
+    """Everything that must hold of every artifact; returns its config."""
+    out = result.out
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert distance(logits(loaded), logits(rebuilt(out))) < 1e-5
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())
+    assert type(loaded).__name__ == config["architectures"][0]
+    assert AutoTokenizer.from_pretrained(out)("in a hen").input_ids
+    report = json.loads((out / "report.json").read_text())
+    assert report == json.loads(json.dumps(result.report, default=str))
+    assert report["reload_check"]["relative_difference"] < 1e-4
+    assert Recipe.load(str(out / "recipe.yaml")).model_dump(mode="json") == report["recipe"]
+    for module in report["weights"]["modules"]:
+        assert scheme_of(module["name"], config["quantization_config"])["num_bits"] == module["bits"]
+    nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert report["artifact"]["weight_bytes"] == nbytes
+    assert report["artifact"]["bits_per_weight"] == round(nbytes * 8 / report["model"]["parameters"], 4)
+    assert len(result.summary) <= 12
+    assert not list(out.parent.glob("*.partial"))
+    assert not list(out.parent.glob(".*.lock"))
+    return config
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "llama.gguf"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "rsq"])
+def test_every_family_with_every_recipe(tiny: Tiny, tmp_path: Path, text: Path, name: str, recipe: str) -> None:
+    result = quick(tiny(name), recipe, tmp_path / "out", text, "weights.bits=8")
+    check(result)
+    dense = AutoModelForCausalLM.from_pretrained(tiny(name.removesuffix(".gguf"))).eval()
+    assert distance(logits(rebuilt(result.out)), logits(dense)) < 0.05  # 8 bits: the same function
+    modules = result.report["weights"]["modules"]
+    assert len(modules) == 21
+    assert all((module["relative_error"] is None) == (recipe == "rtn") for module in modules)
+    assert not result.report["weights"]["degraded"]
+    assert (result.report["weights"]["rotation"]["residual"] != "none") == (recipe == "rsq")
+
+
+CASES: list[tuple[str, str, tuple[str, ...]]] = [
+    *(
+        ("llama", "rtn", (f"weights.bits={bits}", f"weights.symmetric={symmetric}", f"weights.group_size={size}"))
+        for bits in (2, 3, 4, 8)
+        for symmetric in ("true", "false")
+        for size in (16, -1)
+    ),
+    ("qwen2", "gptq", ("weights.bits=2", "weights.symmetric=false", "weights.group_size=-1")),
+    ("mistral", "rsq", ("weights.bits=3", "weights.symmetric=false", "weights.group_size=auto")),
+    ("llama", "gptq", ("weights.group_size=auto", "weights.act_order=false", "weights.clip=none", "weights.sweeps=0")),
+    ("llama_untied", "rsq", ("weights.overrides={'down_proj$': 8, 'self_attn': 4}",)),
+    ("qwen3", "rtn", ("weights.overrides={'layers.1.mlp': 2}", "weights.symmetric=false")),
+    ("llama", "rsq", ("weights.lm_head_bits=16", "weights.untie=auto")),
+    ("llama", "rsq", ("weights.lm_head_bits=8", "weights.untie=no")),
+    ("llama", "rsq", ("weights.rotation=random", "weights.untie=yes", "calibration.expansion=2")),
+    ("qwen2", "gptq", ("weights.lm_head_bits=8", "weights.untie=yes")),
+    ("qwen2", "rtn", ("weights.lm_head_bits=16", "weights.untie=yes")),
+    ("mistral", "rtn", ("weights.lm_head_bits=8", "weights.group_size=-1")),
+    ("qwen3", "rsq", ("weights.lm_head_bits=16", "export.dtype=bfloat16")),
+    ("llama_untied", "rtn", ("export.dtype=float16", "weights.lm_head_bits=8")),
+    *(("llama", "rsq", (f"weights.importance={strategy}",)) for strategy in importance.STRATEGIES),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "sets"), CASES, ids=[" ".join((n, r, *s)) for n, r, s in CASES])
+def test_settings(tiny: Tiny, tmp_path: Path, text: Path, name: str, recipe: str, sets: tuple[str, ...]) -> None:
+    result = quick(tiny(name), recipe, tmp_path / "out", text, *sets)
+    config = check(result)
+    resolved = Recipe.load(result.report["recipe"])
+    settings, weights = resolved.weights, result.report["weights"]
+    assert settings is not None
+    tied_before = AutoConfig.from_pretrained(tiny(name)).tie_word_embeddings
+    untied = tied_before and settings.untie != "no" and (settings.untie == "yes" or settings.rotation != "none")
+    assert config["tie_word_embeddings"] == (tied_before and not untied)
+    assert weights["untied"] == untied
+    tensors = stored(result.out)
+    has_head = any(key.startswith("lm_head.") for key in tensors)
+    assert has_head == (not tied_before or untied)
+    assert ("lm_head.weight_packed" in tensors) == (has_head and settings.lm_head_bits == 8)
+    assert any(key.endswith("zero_point") for key in tensors) == (not settings.symmetric)
+    dtype = {"auto": torch.float32}.get(resolved.export.dtype) or getattr(torch, resolved.export.dtype)
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {dtype}
+    planned = plan(str(tiny(name)), recipe, options(recipe, text, *sets))
+    assert planned.artifact_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert planned.artifact_bytes == pytest.approx(result.report["artifact"]["weight_bytes"], rel=0.02, abs=20_000)
+    assert planned.estimates["weights"].facts["group_size"] == weights["group_size"]
+
+
+def test_overrides_hold_where_they_match(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    result = quick(tiny("llama"), "rtn", tmp_path / "out", text, "weights.overrides={'1.mlp.down': 8}")
+    bits = {module["name"]: module["bits"] for module in result.report["weights"]["modules"]}
+    assert [name for name, width in bits.items() if width == 8] == ["model.layers.1.mlp.down_proj"]
+
+
+def test_equal_importance_is_gptq_byte_for_byte(
+    tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = quick(tiny("llama"), "rsq", tmp_path / "plain", text, "weights.importance=none")
+    real = quick(tiny("llama"), "rsq", tmp_path / "real", text, "weights.importance=act_norm")
+    monkeypatch.setattr(importance, "act_norm", lambda x: torch.full((len(x),), 7.5))
+    equal = quick(tiny("llama"), "rsq", tmp_path / "equal", text, "weights.importance=act_norm")
+    assert digest(equal.out) == digest(plain.out)
+    assert digest(real.out) != digest(plain.out)
+
+
+def test_rtn_is_within_half_a_step_of_the_original(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    result = quick(tiny("qwen3"), "rtn", tmp_path / "out", text, "weights.clip=none")
+    original, tensors = stored(tiny("qwen3")), stored(result.out)
+    for name, weight in decoded(result.out).items():
+        if f"{name}_packed" not in tensors:
+            assert torch.equal(weight, original[name]), name
+            continue
+        steps = tensors[f"{name}_scale"].abs().repeat_interleave(8, dim=1)
+        inside = ((weight - original[name]).abs() <= 0.5001 * steps).float().mean()
+        assert inside > 0.9, name  # the others lie at the end that has one level less
+        assert ((weight - original[name]).abs() <= 1.0001 * steps).all(), name
+
+
+def test_shards_are_the_single_file_cut(tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single = quick(tiny("llama"), "gptq", tmp_path / "single", text)
+    real = export.join
+    monkeypatch.setattr(export, "join", lambda parts, folder, _: real(parts, folder, 60_000))
+    sharded = quick(tiny("llama"), "gptq", tmp_path / "sharded", text)
+    assert len(list(sharded.out.glob("model-*.safetensors"))) > 2
+    check(sharded)
+    one, many = stored(single.out), stored(sharded.out)
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[key], many[key]) for key in one)
+
+
+def test_the_report_and_the_events(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    log = Log()
+    result = quick(tiny("llama"), "rsq", tmp_path / "out", text, log=log)
+    report = result.report
+    assert report["schema"] == "compress.report/1"
+    assert report["model"]["family"] == "llama"
+    assert report["model"]["parameters"] == sum(tensor.numel() for tensor in stored(tiny("llama")).values())
+    assert report["calibration"]["source"] == str(text)
+    assert report["calibration"]["samples"] == 2
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["weights"]["rotation"] == {
+        "residual": "Hadamard 12x8 (Paley I)", "heads": "Hadamard 16 (Sylvester)", "seed": 0
+    }
+    assert report["seconds"] > 0
+    modules = log.of(ModuleDone)
+    assert [event.name for event in modules] == [module["name"] for module in report["weights"]["modules"]]
+    assert all(0 < event.relative_error < 0.2 and event.damp == 0.01 and event.bits == 3 for event in modules)
+    assert [event.index for event in log.of(LayerStarted)] == [event.index for event in log.of(LayerDone)] == [0, 1, 2]
+    stages = ["calibration", "weights", "artifact"]
+    assert [event.name for event in log.of(StageStarted)] == [event.name for event in log.of(StageDone)] == stages
+
+
+def test_the_model_card(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    card = (quick(model, "rsq", tmp_path / "out", text).out / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert facts["license"] == "apache-2.0"
+    assert facts["library_name"] == "transformers"
+    assert {"compressed-tensors", "rsq", "3-bit"} <= set(facts["tags"])
+    assert "# out" in body
+    assert "Hadamard 12x8" in body
+    assert "None" not in card
+    assert "{{" not in card
+
+
+def test_scores_stand_in_report_summary_and_card(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    sets = (f"eval={{text: '{text}', window: 32, windows: 4}}",)
+    chosen = RunOptions(set=("weights.group_size=8",), eval_tasks=("perplexity",))
+    recipe = {"base": "rtn", "eval": {"text": str(text), "window": 32, "windows": 4}}
+    result = run(str(tiny("llama")), recipe, out=tmp_path / "out", options=chosen)
+    assert sets
+    (row,) = result.report["eval"]["rows"]
+    assert row["before"] < row["after"] < 2000
+    assert any("perplexity" in line for line in result.summary)
+    card = (result.out / "README.md").read_text()
+    assert "## Quality, before and after" in card
+    assert result.report["eval"]["table"] in card
+    assert str(text) in result.report["eval"]["note"]
+    check(result)
+
+
+def test_a_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "new" / "out"
+    result = run(str(tiny("llama")), "rsq", out=out, options=options("rsq", text, dry_run=True))
+    assert result.out == out
+    assert any("Hadamard" in line for line in result.summary)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_reload_check_publishes_nothing(
+    tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "TOLERANCE", -1.0)
+        with pytest.raises(RuntimeError, match="the artifact isn't published"):
+            quick(tiny("llama"), "gptq", tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+    log = Log()
+    check(quick(tiny("llama"), "gptq", tmp_path / "out", text, log=log))
+    assert not log.of(LayerStarted)  # the layers were not lost
+
+
+def test_a_model_in_memory_that_differs_from_the_file_is_noticed(
+    tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = export.join
+
+    def damaging(parts: list[Path], folder: Path, size: int) -> dict[str, int]:
+        layer = load_file(parts[1])
+        layer["model.layers.0.mlp.down_proj.weight_scale"] *= 1.1
+        save_file(layer, parts[1], metadata={"format": "pt"})
+        return real(parts, folder, size)
+
+    monkeypatch.setattr(export, "join", damaging)
+    with pytest.raises(RuntimeError, match="logits differ from the model in memory"):
+        quick(tiny("llama"), "gptq", tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+def refused(*arguments: str) -> str:
+    """The line that a command prints, with exit code 2, for bad input."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sets", "words"),
+    [
+        ("gptq", "weights.group_size=64", ["weights.group_size=64", "96 inputs", "q_proj", "allowed: 8, 16, 32, -1"]),
+        ("gptq", "weights.group_size=33", ["the nearest is 32"]),
+        ("rtn", "weights.overrides={'dwn_proj': 8}", ["weights.overrides=dwn_proj", "matches no linear layer"]),
+        ("rtn", "weights.overrides={'q_proj': 8}", ["vLLM fuses different bits", "q_proj 8", "k_proj 4"]),
+        ("rtn", "weights.overrides={'up_proj': 2}", ["gate_proj 4", "up_proj 2"]),
+        ("rsq", "calibration.seq_len=513", ["calibration.seq_len=513", "allowed: 2 to 512"]),
+        ("rsq", "calibration.samples=100000", ["the text has", "tokens"]),
+        ("rsq", "weights=null", ["does nothing"]),
+        ("rsq", "weights.bits=5", ["weights.bits=5", "allowed: 2, 3, 4, 8"]),
+    ],
+)
+def test_bad_settings(tiny: Tiny, tmp_path: Path, text: Path, recipe: str, sets: str, words: list[str]) -> None:
+    out = tmp_path / "out"
+    line = refused(*arguments(tiny("llama"), recipe, out, options(recipe, text, sets)))
+    for word in words:
+        assert word in line
+    assert not out.exists()
+    assert not list(tmp_path.glob("*.partial/layer*"))
+
+
+def test_a_full_disk_is_noticed_before(
+    tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)  # type: ignore[attr-defined]
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
+    line = refused(*arguments(tiny("llama"), "rsq", tmp_path / "out", options("rsq", text)))
+    assert "GB of disk" in line
+    assert "0.00 GB free" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+DAMAGES = [
+    "model.embed_tokens.weight",
+    "model.layers.1.mlp.up_proj.weight",
+    "model.layers.2.input_layernorm.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("recipe", ["rtn", "rsq"])
+def test_nan_in_a_weight_is_named(tiny: Tiny, tmp_path: Path, text: Path, name: str, recipe: str) -> None:
+    model = shutil.copytree(tiny("llama_untied"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[5] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    line = refused(*arguments(model, recipe, tmp_path / "out", options(recipe, text)))
+    assert f"{name} holds NaN" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_model_is_refused(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:-1000])
+    line = refused(*arguments(model, "rsq", tmp_path / "out", options("rsq", text)))
+    assert "truncated or damaged" in line
+
+
+def test_unusable_activations_are_a_note_in_the_report(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"].zero_()  # gate, up and down read zeros alone
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = quick(model, "gptq", tmp_path / "out", text)
+    names = [f"model.layers.1.mlp.{role}_proj" for role in ("gate", "up", "down")]
+    assert result.report["weights"]["degraded"] == names
+    assert any(line.startswith("degraded 3 modules") for line in result.summary)
+    assert names[2] in (result.out / "README.md").read_text()
+    check(result)
+
+
+@pytest.mark.parametrize("content", ["file", "folder"])
+def test_what_stands_at_out_is_left_alone(tiny: Tiny, tmp_path: Path, text: Path, content: str) -> None:
+    out = tmp_path / "out"
+    kept = out if content == "file" else out / "thesis.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("years of work")
+    line = refused(*arguments(tiny("llama"), "rtn", out, options("rtn", text)))
+    assert "exists and isn't an artifact" in line
+    assert kept.read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_may_be_filled(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    (tmp_path / "out").mkdir()
+    check(quick(tiny("llama"), "rtn", tmp_path / "out", text))
+
+
+def test_errors_in_python_are_input_errors(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(InputError, match="isn't supported|no such"):
+        quick(tmp_path / "nowhere", "rtn", tmp_path / "out", text)
+    with pytest.raises(InputError, match="did you mean 'rsq'"):
+        run(str(tiny("llama")), "rsqq", out=tmp_path / "out")
