@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-TILE = 512  # columns a tile; only tiles on and above the diagonal are computed
+TILE = 256  # columns a tile; only tiles on and above the diagonal are computed
 
 
 def gram(x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 STRATEGIES = ("attention", "act_norm", "act_diff", "token_freq", "token_sim", "first_n", "first_last_n")
 NEEDS_ATTENTION = frozenset({"attention"})
 NEEDS_OUTPUT = frozenset({"act_diff"})
-QUERY_BLOCK = 256  # queries whose probabilities exist at once
+QUERY_BLOCK = 128  # queries whose probabilities exist at once
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,22 @@ def attention_concentration(
     for start in range(0, length, query_block):
         stop = min(start + query_block, length)
         first = 0 if window is None else max(0, start - window + 1)
-        hidden = _hidden_keys(start, stop, first, window, q.device)
+        penalty = _penalty(start, stop, first, window, q.device)
         for head in range(kv_heads):
-            scores = (grouped[head, :, start:stop] * scaling).float() @ k[head, first:stop].float().t()
-            received[first:stop] += torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1).sum((0, 1))
+            queries = (grouped[head, :, start:stop] * scaling).float().flatten(0, 1)
+            scores = queries @ k[head, first:stop].float().t()
+            # where nothing is hidden, there is nothing to add
+            scores.view(-1, stop - start, stop - first)[..., -penalty.shape[1] :].add_(penalty)
+            received[first:stop] += torch.softmax(scores, dim=-1).sum(0)
     return received
 
 
-def _hidden_keys(start: int, stop: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """``[stop - start, stop - first]``: True where a query must not see a key."""
+def _penalty(start: int, stop: int, first: int, window: int | None, device: torch.device) -> Tensor:
+    """Minus infinity where a query must not see a key, for the last keys ``[stop - start, at most stop - first]``."""
     query = torch.arange(start, stop, device=device).unsqueeze(1)
-    key = torch.arange(first, stop, device=device)
-    hidden = key > query
-    return hidden if window is None else hidden | (key <= query - window)
+    key = torch.arange(start if window is None else first, stop, device=device)
+    hidden = key > query if window is None else (key > query) | (key <= query - window)
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def act_norm(layer_input: Tensor) -> Tensor:

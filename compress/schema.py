@@ -105,7 +105,7 @@ class Weights(Section):
         description="Search of each group's range: none, mse (least |error|^clip_norm), or hessian (least squared error"
         " weighted by diag(H); gptq only).",
     )
-    clip_grid: int = Field(default=80, ge=1, le=1000, description="Ranges tried by the clip search.")
+    clip_grid: int = Field(default=12, ge=1, le=1000, description="Ranges tried by the clip search.")
     clip_norm: float = Field(default=2.4, gt=0, description="Exponent of the error with clip mse.")
     act_order: bool = Field(
         default=True, description="gptq rounds columns by descending diag(H) (static act-order: free at run time)."

@@ -184,20 +184,18 @@ def _ldlq(weight: Tensor, unit: Tensor, scales: Scales, grid: Grid, order: Tenso
     scale, zero = (part.t().contiguous() for part in scales.by_column())
     if order is not None:
         scale, zero = scale[order], zero[order]
-    columns = W.shape[0]
     error = torch.zeros_like(W)  # w - w_hat of every finished column
-    codes = torch.empty_like(W)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        target = W[start:stop] + unit[:start, start:stop].t() @ error[:start]
-        inner = unit[start:stop, start:stop].t().contiguous()
-        local = error[start:stop]
-        for i in range(stop - start):
-            j = start + i
-            wanted = torch.addmv(target[i], local[:i].t(), inner[i, :i]) if i else target[i]
-            code = grid.encode(wanted, scale[j], zero[j])
-            codes[j] = code
-            torch.sub(W[j], code.sub_(zero[j]).mul_(scale[j]), out=local[i])
+    for start in range(0, W.shape[0], BLOCK):
+        block = slice(start, start + BLOCK)
+        target = torch.addmm(W[block], unit[:start, block].t(), error[:start])
+        inner = unit[block, block].t().contiguous()
+        local = error[block]
+        rows = zip(target, W[block], scale[block], zero[block], local, inner, strict=True)
+        for i, (wanted, w, s, z, e, factors) in enumerate(rows):
+            if i:
+                wanted.addmv_(local[:i].t(), factors[:i])
+            torch.sub(w, grid.nearest(wanted, s, z), out=e)
+    codes = grid.encode(W - error, scale, zero)
     if order is None:
         return codes
     restored = torch.empty_like(codes)
@@ -237,7 +235,8 @@ class _State:
         repeated = self.zero.repeat_interleave(scales.group_size, dim=0)
         self.value = (codes - repeated).mul_(self.scale.repeat_interleave(scales.group_size, dim=0))
         self.gradient = H @ (self.value - weight.t())
-        self.step = (1.0 / H.diagonal()).tolist()  # infinite where an input is always zero
+        diagonal = H.diagonal()
+        self.step = torch.where(diagonal > 0, 1.0 / diagonal, torch.zeros_like(diagonal))  # 0: the input is always 0
 
 
 def _refit(state: _State, part: slice, group: int, grid: Grid) -> Tensor:
@@ -259,19 +258,20 @@ def _refit(state: _State, part: slice, group: int, grid: Grid) -> Tensor:
 
 
 def _sweep(state: _State, block: slice, group: int, grid: Grid) -> Tensor:
-    """One pass of coordinate descent over a block of columns of one group; returns the change of their values."""
-    value, gradient, codes = state.value[block], state.gradient[block], state.codes[block]
-    scale, zero, inverse = state.scale[group], state.zero[group], 1.0 / state.scale[group]
-    change = torch.zeros_like(value)
-    local = state.H[block, block]
-    for i in range(value.shape[0]):
-        step = state.step[block.start + i]
-        if step == float("inf"):
-            continue
-        slope = torch.addmv(gradient[i], change[:i].t(), local[i, :i]) if i else gradient[i]
-        wanted = torch.sub(value[i], slope, alpha=step)
-        code = wanted.mul_(inverse).round_().add_(zero).clamp_(grid.lowest, grid.highest)
-        codes[i] = code
-        torch.sub(code.sub_(zero).mul_(scale), value[i], out=change[i])
-    value += change
+    """One pass of coordinate descent over a block of columns of one group; returns the change of their values.
+
+    A group shares its scales, so the pass is made in units of codes: column i wants
+    ``c_i - (G_i / s + sum_{j<i} H_ij (change of c_j)) / H_ii``.
+    """
+    codes, scale, step = state.codes[block], state.scale[group], state.step[block].unsqueeze(1)
+    wanted = torch.addcmul(codes, state.gradient[block] / scale, step, value=-1)
+    coupling = state.H[block, block] * -step
+    change = torch.zeros_like(codes)
+    for i, (want, old, moved, factors) in enumerate(zip(wanted, codes, change, coupling, strict=True)):
+        if i:
+            want.addmv_(change[:i].t(), factors[:i])
+        torch.sub(want.round_().clamp_(grid.lowest, grid.highest), old, out=moved)
+    codes += change
+    change *= scale
+    state.value[block] += change
     return change

@@ -54,11 +54,13 @@ class Grid:
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes (as floats) of ``weight`` on this grid; ``scale`` and ``zero`` broadcast against it."""
-        return torch.round(weight / scale).add_(zero).clamp_(self.lowest, self.highest)
+        codes = torch.div(weight, scale).round_()
+        return (codes if self.symmetric else codes.add_(zero)).clamp_(self.lowest, self.highest)
 
     def nearest(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The representable values nearest to ``weight``: ``s * (code - z)``."""
-        return self.encode(weight, scale, zero).sub_(zero).mul_(scale)
+        codes = self.encode(weight, scale, zero)
+        return (codes if self.symmetric else codes.sub_(zero)).mul_(scale)
 
 
 @dataclass

