@@ -1,7 +1,7 @@
 """Weight quantization, method against method, on one model and two text files.
 
-Every row is a ``compress run`` of its own process, so that seconds and peak memory are those of the command, followed by
-a perplexity on the same windows. Prints the table of ``docs/results.md``.
+Every row is a ``compress run`` of its own process, so that seconds and peak memory are those of the command, followed
+by a perplexity on the same windows. Prints the table of ``docs/results.md``.
 
     python benchmarks/weights.py --model MODEL --calibration TRAIN.txt --text TEST.txt [--seeds 0,1,2]
 

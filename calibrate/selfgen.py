@@ -14,6 +14,7 @@ import torch
 from compress.calibrate.decoding import Filter, Writer, write
 from compress.calibrate.openings import opening, request
 from compress.calibrate.windows import SEPARATOR, CalibrationSet, calibration_set
+from compress.calibrate.workers import Workers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GENERATOR_VERSION = 1  # counts up when the same settings give other text
@@ -30,14 +31,14 @@ class SelfText:
         choice: which tokens may be drawn.
         chunk: tokens of a sequence; windows are packed from sequences.
         chat_share: of the sequences, that are answers to requests, if the tokenizer has a chat template.
-        batch: sequences written at once, fewer where their keys and values would need more than 512 MiB.
+        batch: sequences written at once by a thread, fewer where their keys and values would need more than 512 MiB.
     """
 
     seed: int = 0
     choice: Filter = field(default_factory=Filter)
     chunk: int = 128
     chat_share: float = 0.125
-    batch: int = 128
+    batch: int = 64
 
 
 def self_generated(
@@ -77,10 +78,12 @@ def self_generated(
             progress(min(written, samples * seq_len), samples * seq_len)
 
     batch = min(settings.batch, max(1, CACHE_BYTES // _cache_bytes(model, chunk)))
-    parts = [
-        write(model, writers[i : i + batch], uniforms[i : i + batch], settings.choice, banned, step_done)
-        for i in range(0, count, batch)
-    ]
+
+    def part(i: int) -> torch.Tensor:
+        return write(model, writers[i : i + batch], uniforms[i : i + batch], settings.choice, banned, step_done)
+
+    with Workers(None if model.device.type == "cpu" else 1) as workers:
+        parts = list(workers.map(part, range(0, count, batch)))
     ids = torch.cat(parts).flatten()[: samples * seq_len].view(samples, seq_len)
     return calibration_set(ids, "self", "text that the model itself wrote")
 

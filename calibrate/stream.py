@@ -20,6 +20,7 @@ class ActivationFile:
 
     Raises:
         ValueError: the file exists with another size.
+        OSError: the disk is full. It is said here, because a write into a mapped file can't say it.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
@@ -29,6 +30,8 @@ class ActivationFile:
         size = samples * tokens * width
         if path.exists() and path.stat().st_size != size * 4:
             raise ValueError(f"{path} holds {path.stat().st_size} bytes, expected {size * 4}")
+        if not path.exists():
+            _reserve(path, size * 4)
         self._data = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
     def __len__(self) -> int:
@@ -50,3 +53,17 @@ class ActivationFile:
         """Bytes that a file of this shape takes."""
         samples, tokens, width = shape
         return samples * tokens * width * 4
+
+
+def _reserve(path: Path, nbytes: int) -> None:
+    """Create a file with all its space, or no file at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            else:
+                file.truncate(nbytes)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """``compress eval``: a model scored, alone or beside a baseline."""
 
-import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +8,10 @@ from compress.calibrate.hub import hub_problem
 from compress.calibrate.text import PYDOC, check_text, open_text
 from compress.evalsuite.catalogue import PERPLEXITY, validate_tasks
 from compress.evalsuite.compare import Row, compare, markdown_table
+from compress.evalsuite.harness import load_tasks
 from compress.evalsuite.score import Scores, score
 from compress.evalsuite.settings import EvalSettings
+from compress.memory import release
 from compress.options import EvalOptions
 from compress.runtime import load
 
@@ -110,6 +111,17 @@ def check_eval(tasks: list[str] | tuple[str, ...], task_path: str | None, text: 
         check_text(text, option="eval.text")
 
 
+def check_data(tasks: list[str] | tuple[str, ...], task_path: str | None) -> None:
+    """Load the data of lm-eval's tasks, before any model is loaded: from files, the Hub's cache, or the Hub.
+
+    Raises:
+        InputError: the data of a task can't be had.
+    """
+    named = [task for task in tasks if task != PERPLEXITY]
+    if named:
+        load_tasks(named, EvalSettings(task_path=task_path))
+
+
 def evaluate(model: str, tasks: list[str], options: EvalOptions | None = None) -> EvalOutcome:
     """Score a model, and a baseline on the same items if one is named.
 
@@ -126,6 +138,7 @@ def evaluate(model: str, tasks: list[str], options: EvalOptions | None = None) -
         raise InputError("--tasks", None, "names no task", fix="for instance --tasks perplexity")
     task_path = None if options.task_path is None else str(options.task_path)
     check_eval(tasks, task_path, options.text)
+    check_data(tasks, task_path)
     text = eval_text(options.text, tasks)
     settings = EvalSettings(
         window=options.window,
@@ -139,7 +152,7 @@ def evaluate(model: str, tasks: list[str], options: EvalOptions | None = None) -
         loaded, tokenizer = load(name, device=options.device, trust_remote_code=options.trust_remote_code)
         found = score(loaded, tokenizer, tasks, settings, text)
         del loaded
-        gc.collect()
+        release()
         return found
 
     after = measure(model)

@@ -4,7 +4,7 @@ Nothing of the artifact's folder exists until it is complete: work goes into ``O
 Scores come after that, since they can't change the weights and shouldn't be able to lose them.
 """
 
-import gc
+import errno
 import json
 import platform
 import shlex
@@ -21,20 +21,22 @@ from transformers import PreTrainedModel
 from compress.artifact.card import model_card
 from compress.artifact.export import check_reload, read_report, write_artifact
 from compress.calibrate.errors import InputError
+from compress.calibrate.selfgen import fast_dtype
 from compress.calibrate.source import Model, Request, prepare
 from compress.calibrate.windows import CalibrationSet
 from compress.evalsuite.compare import compare, markdown_table
 from compress.evalsuite.score import Scores, score
 from compress.evalsuite.settings import EvalSettings
-from compress.evaluate import EvalText, eval_text, rows_json
+from compress.evaluate import EvalText, check_data, eval_text, rows_json
 from compress.events import Event, Message, StageDone, StageStarted
 from compress.job import Job
+from compress.memory import release
 from compress.model import ModelView, open_model
 from compress.options import RunOptions
 from compress.planning import Plan, active_stages, plan
 from compress.recipe import Recipe
 from compress.runtime import load
-from compress.work import WorkFolder, differences, write_text
+from compress.work import WorkFolder, differences, refuse_other_run, write_text
 
 __all__ = ["RunResult", "plan", "run"]
 
@@ -91,26 +93,36 @@ def run(
         return RunResult(planned.out, planned.to_json(), planned.lines())
     for note in planned.notes():
         emit(Message(note))
+    if planned.recipe.eval is not None:
+        check_data(planned.recipe.eval.tasks, planned.recipe.eval.task_path)
     view = open_model(model, options.trust_remote_code)
+    finished = read_report(planned.out) if planned.out.exists() else None
+    early = _fingerprint(planned, view)
+    _refuse_other(planned.out, finished, early)
+    if finished is None and options.resume:
+        refuse_other_run(planned.out, early)
     calibration = _calibration(view, planned.recipe, emit)
     report = _begin_report(planned, view, calibration)
-    finished = read_report(planned.out) if planned.out.exists() else None
+    _refuse_other(planned.out, finished, report["fingerprint"])
     loaded = None
     if finished is not None:
-        if changes := differences(finished.get("fingerprint", {}), report["fingerprint"]):
-            raise InputError(
-                "--out", planned.out, f"holds another artifact: {'; '.join(changes)}", fix="choose another folder"
-            )
         emit(Message(f"{planned.out} is complete already"))
         report = finished
     else:
         with WorkFolder(planned.out, report["fingerprint"], options.resume) as folder:
-            loaded = _make(Job(view, planned.recipe, calibration, folder, planned.device, emit, report))
-    if planned.recipe.eval is not None and not _scored(report, planned.recipe):
+            job = Job(view, planned.recipe, calibration, folder, planned.device, emit, report)
+            try:
+                loaded = _make(job)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                fix = "free some space and give the same command again: every finished layer is kept"
+                raise InputError("--out", planned.out, "the disk is full", fix=fix) from error
+    unscored = planned.recipe.eval is not None and not _scored(report, planned.recipe)
+    if unscored:
         report["eval"] = _evaluate(view, planned, loaded, emit)
-        report["seconds"] = round(report["seconds"] + time.perf_counter() - started, 1) if finished else None
-    if finished is None:
-        report["seconds"] = round(time.perf_counter() - started, 1)
+    if unscored or report["seconds"] is None:  # None: the first run, or one that was killed after publication
+        report["seconds"] = round((report["seconds"] or 0.0) + time.perf_counter() - started, 1)
     _write_report(planned.out, report)
     return RunResult(planned.out, report, summary(planned.out, report))
 
@@ -119,10 +131,12 @@ def _make(job: Job) -> PreTrainedModel:
     """Stages, artifact, reload check, publication; returns the reloaded model."""
     for stage in active_stages(job.recipe):
         stage.run(job)
+        release()
     assert job.result is not None
     job.emit(StageStarted("artifact"))
     started = time.perf_counter()
     job.report["artifact"] = write_artifact(job, job.result)
+    release()
     model, check = check_reload(job.folder.artifact, job.result)
     job.report["reload_check"] = check
     job.emit(
@@ -145,9 +159,10 @@ def _calibration(view: ModelView, recipe: Recipe, emit: Callable[[Event], None])
     emit(StageStarted("calibration"))
     started = time.perf_counter()
     request = Request(section.source, section.column, section.samples, section.seq_len, section.seed)
-    writer = Model(open=view.load_dense, fingerprint=json.dumps(view.checkpoint.fingerprint(), sort_keys=True))
+    fingerprint = json.dumps(view.checkpoint.fingerprint(), sort_keys=True)
+    writer = Model(open=lambda: view.load_dense(fast_dtype()), fingerprint=fingerprint)
     found = prepare(request, view.tokenizer(), writer, progress=_Every(10, emit))
-    gc.collect()
+    release()
     for note in found.notes:
         emit(Message(note))
     emit(StageDone("calibration", time.perf_counter() - started))
@@ -171,7 +186,6 @@ def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | 
     recipe = planned.recipe
     versions = {"compress": version("compress"), "python": platform.python_version()}
     versions |= {name: version(name) for name in LIBRARIES}
-    sections = recipe.model_dump(mode="json", include={"calibration", "weights", "export"})
     hub_id = view.name() if "/" in view.name() and not Path(view.source).exists() else None
     return {
         "schema": SCHEMA,
@@ -204,14 +218,32 @@ def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | 
             if "of the Hugging Face Hub" in calibration.origin
             else None,
         },
-        "fingerprint": {
-            "model": view.checkpoint.fingerprint(),
-            "recipe": sections,
-            "calibration": None if calibration is None else calibration.digest,
-            "versions": {name: versions[name] for name in ("compress", "torch", "transformers")},
-            "device": planned.device.type,
-        },
+        "fingerprint": _fingerprint(planned, view)
+        | {"calibration": None if calibration is None else calibration.digest},
     }
+
+
+def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
+    """What decides the weights, as far as it is known before the calibration text is read."""
+    return {
+        "model": view.checkpoint.fingerprint(),
+        "recipe": planned.recipe.model_dump(mode="json", include={"calibration", "weights", "export"}),
+        "versions": {name: version(name) for name in ("compress", "torch", "transformers")},
+        "device": planned.device.type,
+    }
+
+
+def _refuse_other(out: Path, finished: dict[str, Any] | None, fingerprint: dict[str, Any]) -> None:
+    """Refuse a folder that holds the artifact of another run.
+
+    Raises:
+        InputError: says what is different.
+    """
+    if finished is None:
+        return
+    old = {key: value for key, value in finished.get("fingerprint", {}).items() if key in fingerprint}
+    if changes := differences(old, fingerprint):
+        raise InputError("--out", out, f"holds another artifact: {'; '.join(changes)}", fix="choose another folder")
 
 
 def _scored(report: dict[str, Any], recipe: Recipe) -> bool:
@@ -248,9 +280,9 @@ def _evaluate(
         loaded, _ = load(planned.out, device=str(planned.device))
     after = measure(loaded, "compressed")
     del loaded
-    gc.collect()
+    release()
     before = measure(view.load_dense(), "original")
-    gc.collect()
+    release()
     rows = compare(before, after)
     emit(StageDone("eval", time.perf_counter() - started))
     return {

@@ -132,11 +132,18 @@ def plan(
         check_source(Request(calibration.source, calibration.column))
     if resolved.eval is not None:
         check_eval(resolved.eval.tasks, resolved.eval.task_path, resolved.eval.text)
+        _check_window(facts, resolved.eval.window)
     estimates = {stage.name: stage.estimate(facts, resolved) for stage in stages}
     seconds = sum(estimate.flops for estimate in estimates.values()) / (EFFICIENCY * _flops_per_second(device))
     planned = Plan(facts, resolved, (out or default_out(facts, resolved)).absolute(), device, estimates, seconds)
     check_out(planned)
     return planned
+
+
+def _check_window(facts: ModelFacts, window: int) -> None:
+    context = getattr(facts.config, "max_position_embeddings", None)
+    if context and window > context:
+        raise InputError("eval.window", window, "is longer than the model's context", allowed=f"2 to {context}")
 
 
 def active_stages(recipe: Recipe) -> list[Stage]:

@@ -27,6 +27,34 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + SUFFIX)
 
 
+def refuse_other_run(out: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state of the run begun for ``out``, or None if there is none.
+
+    Args:
+        out: where the artifact will stand.
+        fingerprint: of this run; keys that it lacks are not compared.
+
+    Raises:
+        InputError: the run begun there is another one, or its state can't be read.
+    """
+    file = partial_folder(out) / STATE
+    if not file.exists():
+        return None
+    try:
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        old = {key: value for key, value in kept["fingerprint"].items() if key in fingerprint}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError("--resume", file, "can't be read", fix="start over with --fresh") from error
+    if changes := differences(old, json.loads(json.dumps(fingerprint))):
+        raise InputError(
+            "--resume",
+            partial_folder(out),
+            f"the run begun there was another one: {'; '.join(changes)}",
+            fix="start over with --fresh, or choose another --out",
+        )
+    return kept
+
+
 class WorkFolder:
     """The work of one run; use it as a context manager, which keeps other runs out.
 
@@ -43,7 +71,6 @@ class WorkFolder:
         self.out = out
         self.path = partial_folder(out)
         self.artifact = self.path / "artifact"
-        self.resumed = False
         self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "stages": {}}
         self._resume = resume
         self._lock = FileLock(str(out.parent / f".{out.name}.lock"))
@@ -71,24 +98,11 @@ class WorkFolder:
         if self.path.exists() and not self._resume:
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
-        file = self.path / STATE
-        if not file.exists():
+        kept = refuse_other_run(self.out, self.state["fingerprint"])
+        if kept is None:
             self.save()
-            return
-        try:
-            kept = json.loads(file.read_text())
-            changes = differences(kept["fingerprint"], self.state["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError("--resume", file, "can't be read", fix="start over with --fresh") from error
-        if changes:
-            raise InputError(
-                "--resume",
-                self.path,
-                f"the run begun there was another one: {'; '.join(changes)}",
-                fix="start over with --fresh, or choose another --out",
-            )
-        self.state = kept
-        self.resumed = bool(kept["stages"])
+        else:
+            self.state = kept
 
     def stage(self, name: str) -> dict[str, Any]:
         """The state of one stage, to be changed in place and then saved."""

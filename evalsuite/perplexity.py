@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compress.calibrate.errors import InputError
+from compress.calibrate.workers import Workers
 
 LOGITS_BYTES = 64 * 2**20
-"""Bound on the bytes of float32 logits and log-probabilities that exist at once."""
+"""Bound on the bytes of float32 logits and log-probabilities that exist at once in a thread."""
 
 _PROBE_TOKENS = 8
 
@@ -58,9 +59,11 @@ def perplexity(model: Any, ids: torch.Tensor, window: int = 1024, windows: int |
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad(), Workers(None if device.type == "cpu" else 1) as workers:
             losses = _LossHead(model, ids[:window].to(device)[None])
-            nll = [float(losses(ids[i * window : (i + 1) * window].to(device)[None])) for i in range(count)]
+            nll = list(
+                workers.map(lambda i: float(losses(ids[i * window : (i + 1) * window].to(device)[None])), range(count))
+            )
     finally:
         model.train(was_training)
     return _summarise(nll, window)

@@ -99,6 +99,9 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) ->
         ignore=list(ignore),
     )
     block: dict[str, Any] = config.model_dump(mode="json")
+    if not all(scheme.symmetric for scheme in ordered):
+        # transformers' other way of loading expects zero points unpacked, and then unpacks them (5.23, 0.20)
+        block["dequantize"] = True
     return block
 
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 import json
+import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def write_artifact(job: Job, result: Result) -> dict[str, Any]:
         The report's section ``artifact``: bytes, bits a weight, files with their sha256.
     """
     folder = job.folder.artifact
-    folder.mkdir(exist_ok=True)
+    if folder.exists():  # an attempt that was killed; its report would be taken for a part of this one
+        shutil.rmtree(folder)
+    folder.mkdir()
     view = job.view
     weights = join(result.parts, folder, job.recipe.export.shard_size_mb * 1_000_000)
     config = artifact_config(view, result)
@@ -65,6 +68,9 @@ def load_artifact(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Plain ``from_pretrained`` in eval mode, without its progress bars."""
     with redirect_stderr(io.StringIO()):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+        if hasattr(model, "ct_decompress_hook"):
+            # left alone, it has weights only after the whole model was called once, and its parts can't be called
+            model.hf_quantizer.compressor.decompress_model(model)
     return model.eval()
 
 

@@ -10,10 +10,18 @@ ALIGNMENT = 8  # of the data section, as the format's reference writer does it
 
 
 def tensor_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file without its metadata, and where its data begins."""
+    """The header of a safetensors file without its metadata, and where its data begins.
+
+    Raises:
+        ValueError: there is no such header.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} is shorter than its header")
         header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"the header of {path.name} is no JSON object")
     header.pop("__metadata__", None)
     return header, 8 + length
 

