@@ -46,13 +46,13 @@ class Log:
     def __call__(self, event: Event) -> None:
         self.events.append(event)
         if self.stop(event):
-            raise Interrupted
+            raise InterruptedRunError
 
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """What a test throws into a run; nothing of ours catches it."""
 
 

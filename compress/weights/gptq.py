@@ -236,7 +236,8 @@ class _State:
         self.value = (codes - repeated).mul_(self.scale.repeat_interleave(scales.group_size, dim=0))
         self.gradient = H @ (self.value - weight.t())
         diagonal = H.diagonal()
-        self.step = torch.where(diagonal > 0, 1.0 / diagonal, torch.zeros_like(diagonal))  # 0: the input is always 0
+        alive = diagonal >= torch.finfo(diagonal.dtype).smallest_normal  # so that the reciprocal is finite
+        self.step = torch.where(alive, 1.0 / diagonal, torch.zeros_like(diagonal))
 
 
 def _refit(state: _State, part: slice, group: int, grid: Grid) -> Tensor:

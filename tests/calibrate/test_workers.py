@@ -66,7 +66,12 @@ def test_a_failure_comes_out_and_the_rest_is_dropped() -> None:
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), one_thread():
-        assert torch.get_num_threads() == 1
-        raise KeyError
+
+    def fail() -> None:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert torch.get_num_threads() == before

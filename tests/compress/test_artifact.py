@@ -115,7 +115,7 @@ def test_joined_parts_hold_the_same_tensors(tmp_path: Path, shard_bytes: int) ->
     for name in files:
         with safe_open(out / name, "pt") as handle:
             assert handle.metadata() == {"format": "pt"}
-        header, start = tensor_header(out / name)
+        _, start = tensor_header(out / name)
         assert start % 8 == 0
     if shard_bytes == 10**9:
         assert files == ["model.safetensors"]
@@ -164,26 +164,25 @@ def test_a_missing_file_is_found(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "readable"),
     [
-        lambda data: data[:-100],
-        lambda data: data[:3],
-        lambda data: b"",
-        lambda data: b"\xff" * 8 + data[8:],
-        lambda data: (2**40).to_bytes(8, "little") + data[8:],
-        lambda data: (2).to_bytes(8, "little") + b"[]" + data[10:],
-        lambda data: data[:8] + b"\xff" * 20 + data[28:],
+        (lambda data: data[:-100], True),
+        (lambda data: data[:3], False),
+        (lambda data: b"", False),
+        (lambda data: b"\xff" * 8 + data[8:], False),
+        (lambda data: (2**40).to_bytes(8, "little") + data[8:], False),
+        (lambda data: (2).to_bytes(8, "little") + b"[]" + data[10:], False),
+        (lambda data: data[:8] + b"\xff" * 20 + data[28:], False),
     ],
 )
-def test_a_damaged_weight_file_is_an_input_error_or_named(copied: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_weight_file_is_told(copied: Path, damage: Callable[[bytes], bytes], readable: bool) -> None:
     path = copied / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    try:
-        found = inspect(copied)
-    except InputError as error:
-        assert "can't be read" in str(error)
+    if readable:
+        assert inspect(copied).damaged == ["model.safetensors"]
     else:
-        assert found.damaged == ["model.safetensors"]
+        with pytest.raises(InputError, match="holds a file that can't be read"):
+            inspect(copied)
 
 
 def test_no_artifact(tmp_path: Path) -> None:

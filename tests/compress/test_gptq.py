@@ -170,8 +170,9 @@ def test_nan_and_infinity_are_refused(where: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("columns", "size"), [(96, 16), (512, 256), (200, 200)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("columns", "size", "dtype"), [(96, 16, torch.float16), (512, 256, torch.float16), (200, 200, torch.float32)]
+)
 def test_sweeps_and_refits_never_raise_the_loss(symmetric: bool, columns: int, size: int, dtype: torch.dtype) -> None:
     weight, hessian = problem(24, columns)
     losses = []

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from compress.calibrate.errors import InputError
 from compress.cli.main import main
-from runs import Interrupted, Log, arguments, digest, options, quick
+from runs import InterruptedRunError, Log, arguments, digest, options, quick
 from safetensors.torch import load_file, save_file
 
 from compress import work
@@ -56,7 +56,7 @@ def test_an_interrupted_run_goes_on(
     tiny: Tiny, tmp_path: Path, text: Path, expected: dict[str, str], stop: str
 ) -> None:
     out, log = tmp_path / "out", Log()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         quick(tiny("llama"), "rsq", out, text, *SETS, log=Log(STOPS[stop]))
     assert not out.exists()
     done = (
@@ -81,7 +81,7 @@ def test_a_crash_before_every_write(
         nonlocal left
         left -= 1
         if left < 0:
-            raise Interrupted
+            raise InterruptedRunError
         real(part, target)
 
     monkeypatch.setattr(work, "_settle", settle)
@@ -89,7 +89,7 @@ def test_a_crash_before_every_write(
         left = attempt
         try:
             quick(tiny("llama"), "rsq", tmp_path / "out", text, *SETS)
-        except Interrupted:
+        except InterruptedRunError:
             continue
         break
     assert attempt >= 5
@@ -101,11 +101,11 @@ def test_a_crash_between_report_and_publication(
     tiny: Tiny, tmp_path: Path, text: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def publish(_: WorkFolder) -> None:
-        raise Interrupted
+        raise InterruptedRunError
 
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "publish", publish)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             quick(tiny("llama"), "rsq", tmp_path / "out", text, *SETS)
     quick(tiny("llama"), "rsq", tmp_path / "out", text, *SETS)
     assert digest(tmp_path / "out") == expected
@@ -119,15 +119,17 @@ def test_a_crash_after_publication(tiny: Tiny, tmp_path: Path, text: Path, score
         "eval": {"text": str(text), "window": 32, "windows": 2} if scored else None,
     }
     chosen = RunOptions(set=("weights.group_size=8",))
-    stop: Callable[[Event], bool] = lambda event: (
-        event == StageStarted("eval") or (not scored and isinstance(event, StageDone) and event.name == "artifact")
-    )
-    with pytest.raises(Interrupted):
+
+    def stop(event: Event) -> bool:
+        published = isinstance(event, StageDone) and event.name == "artifact"
+        return event == StageStarted("eval") if scored else published
+
+    with pytest.raises(InterruptedRunError):
         run(str(tiny("llama")), recipe, out=tmp_path / "out", options=chosen, on_event=Log(stop))
     before = digest(tmp_path / "out")
     result = run(str(tiny("llama")), recipe, out=tmp_path / "out", options=chosen)
     assert digest(tmp_path / "out") == before
-    assert bool(result.report["eval"]) == scored if scored else "eval" not in result.report
+    assert ("eval" in result.report) == scored
     assert any(line.startswith("time") for line in result.summary)
 
 
@@ -167,7 +169,7 @@ def begun(tiny: Tiny, tmp_path: Path, text: Path) -> tuple[Path, Path, Path]:
     """A model, a text and an output folder of their own, with a run that stopped in its second layer."""
     model = shutil.copytree(tiny("llama"), tmp_path / "model")
     own_text = Path(shutil.copy(text, tmp_path / "text.txt"))
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         quick(model, "rsq", tmp_path / "out", own_text, log=Log(STOPS["LayerStarted 1"]))
     return model, own_text, tmp_path / "out"
 

@@ -26,7 +26,7 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
 
 
 def rotated(model: PreTrainedModel, settings: Weights, centred: bool = False) -> PreTrainedModel:
-    """A copy of a float64 model, untied where the settings say so, with all weights through the functions under test."""
+    """A copy of a float64 model, untied where the settings say so, its weights through the functions under test."""
     facts = facts_of(model)
     family, rotations = facts.family, make_rotations(facts, settings, seed=3)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
