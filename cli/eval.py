@@ -17,6 +17,7 @@ from compress.options import EvalOptions
 @click.option("--baseline", metavar="MODEL", help="A second model, laid beside the first with the standard error.")
 @task_path_option
 @click.option("--limit", type=click.IntRange(min=1), help="Items a task.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in a prompt.  [default: the task's own]")
 @click.option(
     "--window",
     type=click.IntRange(min=2),

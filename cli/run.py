@@ -34,7 +34,7 @@ def run_command(
     from compress.pipeline import plan, run
 
     if run_options.dry_run:
-        planned = plan(model, resolved, run_options)
+        planned = plan(model, resolved, run_options, out)
         show(planned.lines(), planned.to_json(), as_json)
         return
 

@@ -1,5 +1,6 @@
 """``compress eval``: a model scored, alone or beside a baseline."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,8 @@ def evaluate(model: str, tasks: list[str], options: EvalOptions | None = None) -
         limit=options.limit,
         task_path=task_path,
         batch_size=options.batch_size,
+        num_fewshot=options.num_fewshot,
+        progress=sys.stderr.isatty(),
     )
 
     def measure(name: str) -> Scores:

@@ -63,6 +63,7 @@ class EvalOptions:
         baseline: a second model, scored on the same items and laid beside the first.
         task_path: folder of lm-eval task files; data files are relative to the task file.
         limit: items a task; None takes all.
+        num_fewshot: examples in a prompt; None is the task's own number.
         window: tokens a perplexity window.
         windows: how many windows; None takes the whole text.
         text: source of the perplexity text, with the syntax of the recipe's ``eval.text``.
@@ -74,6 +75,7 @@ class EvalOptions:
     baseline: str | None = None
     task_path: Path | None = None
     limit: int | None = None
+    num_fewshot: int | None = None
     window: int = PERPLEXITY_WINDOW
     windows: int | None = PERPLEXITY_WINDOWS
     text: str = "auto"

@@ -263,6 +263,7 @@ def _evaluate(view: ModelView, planned: Plan, emit: Callable[[Event], None]) -> 
         task_path=section.task_path,
         batch_size=section.batch_size,
         num_fewshot=section.num_fewshot,
+        progress=sys.stderr.isatty(),
     )
     tokenizer = view.tokenizer()
 

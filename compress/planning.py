@@ -161,7 +161,8 @@ def active_stages(recipe: Recipe) -> list[Stage]:
 
 def default_out(facts: ModelFacts, recipe: Recipe) -> Path:
     """``MODEL-RECIPE-W3A16-G64`` in the current folder."""
-    name = Path(facts.name).name.replace(" ", "-")
+    source = Path(facts.source)  # the name inside a GGUF file is often not the one people know
+    name = source.stem if source.suffix == ".gguf" else Path(facts.name).name.replace(" ", "-")
     parts = [name, recipe.name]
     if recipe.weights is not None:
         size = recipe.weights.group_size

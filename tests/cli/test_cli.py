@@ -206,7 +206,7 @@ def test_plan_and_dry_run_print_the_plan(pipeline, arguments):
     result = invoke(*arguments, "-m", "m", "-r", "rtn", "--set", "weights.bits=8")
     assert result.stdout == "30 layers\n2.1 x smaller\n"
     (call,) = pipeline
-    model, recipe, options = call.args
+    model, recipe, options = call.args[:3]
     assert (model, recipe.weights.bits, options.dry_run) == ("m", 8, True)
     assert json.loads(invoke(*arguments, "-m", "m", "-r", "rtn", "--json").stdout) == {"layers": 30}
 

@@ -230,6 +230,17 @@ def test_a_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, text: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_on_the_command_line_looks_at_out(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    line = [*arguments(tiny("llama"), "rtn", tmp_path / "out", options("rtn", text)), "--dry-run"]
+    result = CliRunner().invoke(main, line)
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "out") in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    assert "exists and isn't an artifact" in refused(*line)
+
+
 def test_a_failing_reload_check_publishes_nothing(
     tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

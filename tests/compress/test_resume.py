@@ -136,7 +136,8 @@ def test_a_crash_after_publication(tiny: Tiny, tmp_path: Path, text: Path, score
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+import compress
+sys.path.append(sys.argv[1])
 import runs
 from compress import work
 real = work.save_file
