@@ -31,7 +31,7 @@ $(MODEL): | $(INSTALLED)
 
 demo: $(MODEL) ## Compress the embedded model with RSQ to 3 bits and score it before and after
 	$(BIN)/compress run --model $(MODEL) --recipe rsq --out out/demo \
-	  --set calibration.samples=16 --set calibration.seq_len=1024 --set eval.windows=12
+	  --set calibration.samples=16 --set calibration.seq_len=1024 --set eval.windows=8
 
 test: lint types unit ## Lint, types and all tests
 

@@ -37,7 +37,7 @@ from compress.options import RunOptions
 from compress.planning import Plan, active_stages, plan
 from compress.recipe import Recipe
 from compress.runtime import load
-from compress.work import WorkFolder, differences, refuse_other_run, write_text
+from compress.work import WorkFolder, differences, refuse_other_run, sweep, write_text
 
 __all__ = ["RunResult", "plan", "run"]
 
@@ -106,7 +106,8 @@ def run(
     report = _begin_report(planned, view, calibration)
     _refuse_other(planned.out, finished, report["fingerprint"])
     if finished is not None:
-        emit(Message(f"{planned.out} is complete already"))
+        emit(Message(f"{planned.out} is complete already; remove it to make it again"))
+        sweep(planned.out)
         report = finished
     else:
         with WorkFolder(planned.out, report["fingerprint"], options.resume) as folder:

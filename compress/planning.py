@@ -1,5 +1,6 @@
 """``compress plan``: what a run would do, from the config alone, and every problem that can be found that early."""
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -183,6 +184,8 @@ def check_out(planned: Plan) -> None:
     parent = next(folder for folder in [out.parent, *out.parents] if folder.exists())
     if not parent.is_dir():
         raise InputError("--out", out, f"{parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise InputError("--out", out, f"{parent} can't be written to", fix="choose another folder")
     free = shutil.disk_usage(parent).free
     if free < planned.disk_bytes:
         raise InputError(

@@ -125,7 +125,7 @@ class Weights(Section):
     )
     untie: Literal["auto", "yes", "no"] = Field(
         default="auto",
-        description="Store a tied head apart from the embedding: auto does so if rotation or lm_head_bits asks for it;"
+        description="Store a tied head apart from the embedding: auto does so if the rotation asks for it;"
         " no leaves a tied model with the per-head rotation only.",
     )
     importance: Literal[

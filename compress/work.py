@@ -124,7 +124,13 @@ class WorkFolder:
     def publish(self) -> None:
         """Move the finished artifact to its place and remove the work."""
         self.artifact.replace(self.out)
-        shutil.rmtree(self.path)
+        sweep(self.out)
+
+
+def sweep(out: Path) -> None:
+    """Remove the work of a run whose artifact is in its place."""
+    if partial_folder(out).exists():
+        shutil.rmtree(partial_folder(out))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from click.testing import CliRunner
+from compress.cli.main import main
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compress.events import Event
 from compress.options import RunOptions
 from compress.pipeline import RunResult, run
+from compress.recipe import Recipe
 
 QUICK = ("eval=null", "weights.group_size=8", "weights.clip_grid=4")
 QUICK_TEXT = ("calibration.samples=2", "calibration.seq_len=32", "weights.sweeps=1")
@@ -59,6 +62,13 @@ class InterruptedRunError(Exception):
 def quick(model: Path, recipe: str, out: Path, text: Path, *sets: str, log: Log | None = None) -> RunResult:
     """A quick run; see :func:`options`."""
     return run(str(model), recipe, out=out, options=options(recipe, text, *sets), on_event=log)
+
+
+def refused(*arguments: str) -> str:
+    """The line that a command prints, with exit code 2, for bad input."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    return result.stderr.splitlines()[-1]
 
 
 def digest(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:
@@ -144,3 +154,27 @@ def correlated(
     )
     inputs = torch.randn(samples, columns, generator=generator, dtype=dtype) @ mixed.t()
     return weight, inputs / inputs.std()
+
+
+def check(result: RunResult) -> dict[str, Any]:
+    """Everything that must hold of every artifact; returns its config."""
+    out = result.out
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert distance(logits(loaded), logits(rebuilt(out))) < 1e-5
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())
+    assert type(loaded).__name__ == config["architectures"][0]
+    assert AutoTokenizer.from_pretrained(out)("in a hen").input_ids
+    report = json.loads((out / "report.json").read_text())
+    assert report == json.loads(json.dumps(result.report, default=str))
+    assert report["reload_check"]["weights_identical"]
+    assert report["reload_check"]["relative_difference"] < {"float32": 1e-5}.get(report["weights"]["dtype"], 0.05)
+    assert Recipe.load(str(out / "recipe.yaml")).model_dump(mode="json") == report["recipe"]
+    for module in report["weights"]["modules"]:
+        assert scheme_of(module["name"], config["quantization_config"])["num_bits"] == module["bits"]
+    nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert report["artifact"]["weight_bytes"] == nbytes
+    assert report["artifact"]["bits_per_weight"] == round(nbytes * 8 / report["model"]["parameters"], 4)
+    assert len(result.summary) <= 12
+    assert not list(out.parent.glob("*.partial"))
+    assert not list(out.parent.glob(".*.lock"))
+    return config

@@ -13,7 +13,7 @@ from compress.kernels.packing import packed_words
 from compress.model import ModelFacts
 from compress.recipe import Recipe
 from compress.schema import Weights
-from compress.weights.layer import STACKS
+from compress.weights.layer import STACKS, width_of
 from compress.weights.rotation import describe, rotates_residual, unties
 
 AUTO_SIZES = (128, 64, 32, 16)
@@ -48,11 +48,7 @@ def check(facts: ModelFacts, recipe: Recipe) -> None:
     size = group_size(facts, settings)
     if size != -1 and (bad := _indivisible(facts, size)):
         name, columns = bad[0]
-        fitting = [
-            s
-            for s in range(8, 513)
-            if (not _indivisible(facts, s) and s & (s - 1) == 0) or (s in (96, 192) and not _indivisible(facts, s))
-        ]
+        fitting = [candidate for candidate in range(8, 513, 8) if not _indivisible(facts, candidate)]
         nearest = min(fitting, key=lambda s: abs(s - size), default=-1)
         raise InputError(
             "weights.group_size",
@@ -68,6 +64,7 @@ def check(facts: ModelFacts, recipe: Recipe) -> None:
                 "weights.overrides", pattern, "matches no linear layer", fix=f"they are named as {names[0]}"
             )
     _check_stacks(facts, settings)
+    _check_asymmetric(facts, settings, names)
     context = getattr(facts.config, "max_position_embeddings", None)
     if recipe.calibration is not None and context and recipe.calibration.seq_len > context:
         raise InputError(
@@ -75,6 +72,18 @@ def check(facts: ModelFacts, recipe: Recipe) -> None:
             recipe.calibration.seq_len,
             "is longer than the model's context",
             allowed=f"2 to {context}",
+        )
+
+
+def _check_asymmetric(facts: ModelFacts, settings: Weights, names: list[str]) -> None:
+    """transformers 5.23 unpacks every zero point with the width of the first scheme, so there may be only one."""
+    widths = {width_of(name, settings) for name in names}
+    if not settings.symmetric and (len(widths) > 1 or head_bits(facts, settings) == 8):
+        raise InputError(
+            "weights.symmetric",
+            False,
+            "transformers reads zero points of one width only, and the recipe asks for several",
+            fix="set weights.lm_head_bits=16 and no weights.overrides, or weights.symmetric=true",
         )
 
 
@@ -92,11 +101,6 @@ def _check_stacks(facts: ModelFacts, settings: Weights) -> None:
                     f"gives layers that vLLM fuses different bits ({told})",
                     fix="use a pattern that matches q, k and v alike, and gate and up alike",
                 )
-
-
-def width_of(name: str, settings: Weights) -> int:
-    """Bits of a module: the first override whose pattern is found in its name, else the general width."""
-    return next((bits for pattern, bits in settings.overrides.items() if re.search(pattern, name)), settings.bits)
 
 
 def _indivisible(facts: ModelFacts, size: int) -> list[tuple[str, int]]:

@@ -19,7 +19,7 @@ which gives the codes of GPTQ from a single Cholesky factor and no inverse. Then
 neither of which can raise the loss. Matrices are kept transposed, ``[columns, rows]``, so that a column is contiguous.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def solve(weight: Tensor, hessian: Tensor, settings: Settings, workers: Workers 
     order = torch.argsort(diagonal, descending=True, stable=True) if settings.act_order else None
     factor, damp = factorize(hessian if order is None else hessian[order][:, order], settings.damp)
     if factor is None:
-        solution = round_to_nearest(weight, settings, hessian)
+        solution = round_to_nearest(weight, replace(settings, clip="mse"))
         solution.note = "no damping made the Hessian positive definite: rounded to nearest"
         return solution
     unit = (factor / factor.diagonal()).to(weight.dtype)

@@ -26,6 +26,11 @@ from compress.weights.observe import Pieces
 STACKS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # what reads the same input
 
 
+def width_of(name: str, settings: Weights) -> int:
+    """Bits of a module: the first override whose pattern is found in its name, else the general width."""
+    return next((bits for pattern, bits in settings.overrides.items() if re.search(pattern, name)), settings.bits)
+
+
 @dataclass
 class Quantized:
     """One quantized linear layer: its codes and scales, and how well they fit."""
@@ -60,13 +65,6 @@ class Work:
     measured: bool
     device: torch.device
     workers: Workers
-
-    def bits(self, name: str) -> int:
-        """Width of a module: the first override whose pattern is found in its name, or the general one."""
-        for pattern, bits in self.settings.overrides.items():
-            if re.search(pattern, name):
-                return bits
-        return self.settings.bits
 
     def solver(self, bits: int, columns: int) -> Settings:
         """The solver's settings for one width and input size."""
@@ -224,7 +222,7 @@ def _quantize_stack(
 ) -> list[Quantized]:
     """Quantize the linear layers that read one input, together where they have the same width."""
     done: dict[str, Quantized] = {}
-    widths = {role: work.bits(names[role]) for role in roles}
+    widths = {role: width_of(names[role], work.settings) for role in roles}
     for bits in dict.fromkeys(widths.values()):
         members = [role for role in roles if widths[role] == bits]
         linears = [pieces.linear(role) for role in members]

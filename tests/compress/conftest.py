@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from compress import planning
+from compress import pipeline, planning
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _young_heap() -> None:
     """A run collects garbage now and then, which takes long where every library is loaded."""
+    assert pipeline  # imported before the heap is frozen
     gc.collect()
     gc.freeze()
 

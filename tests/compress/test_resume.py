@@ -42,7 +42,8 @@ def is_layer(kind: type, index: int) -> Callable[[Event], bool]:
 
 
 STOPS: dict[str, Callable[[Event], bool]] = {
-    **{f"{kind.__name__} {index}": is_layer(kind, index) for kind in (LayerStarted, LayerDone) for index in range(3)},
+    **{f"LayerStarted {index}": is_layer(LayerStarted, index) for index in range(3)},
+    "LayerDone 2": is_layer(LayerDone, 2),
     "in the middle of layer 1": lambda event: isinstance(event, ModuleDone) and event.name.endswith("1.mlp.up_proj"),
     "before the first layer": lambda event: event == StageStarted("weights", 3),
     "after the last layer": lambda event: isinstance(event, StageDone) and event.name == "weights",
