@@ -12,7 +12,7 @@ from compress.calibrate.files import missing_column
 from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
 
-MAX_ROWS = 4096  # rows read of a Hub dataset
+MAX_ROWS = 40_000  # rows read of a Hub dataset: WikiText-2 whole
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _URL = re.compile(r"https?://[\w.-]+(:\d+)?(/\S*)?", re.ASCII)
 _LOCAL = "give a local .txt, .jsonl or .parquet file, or 'self' for text that the model writes itself"

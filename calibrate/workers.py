@@ -26,7 +26,8 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None) -> None:
-        self.count = count or torch.get_num_threads()
+        self._threads = torch.get_num_threads()
+        self.count = count or self._threads
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="compress", initializer=_single)
 
     def __enter__(self) -> "Workers":
@@ -34,24 +35,30 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # threads made later inherit what was set last
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in the order of the items, without gradients; at most one more than ``count`` are in memory."""
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], ahead: int | None = None
+    ) -> Iterator[Result]:
+        """Results in the order of the items, without gradients.
+
+        Args:
+            function: called in a worker.
+            items: its arguments.
+            ahead: so many results, and one more, may be in memory; by default as many as there are threads.
+        """
+        ahead = self.count if ahead is None else ahead
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
                 waiting.append(self._pool.submit(_without_gradients, function, item))
-                if len(waiting) > self.count:
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
-
-    def run(self, function: Callable[[], Result]) -> Result:
-        """One call, in a worker: with one thread, as everything else."""
-        return self._pool.submit(_without_gradients, lambda _: function(), None).result()
 
 
 @contextmanager

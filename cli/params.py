@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Device(click.ParamType):
-    """``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``; whether the machine has it is found out later."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; whether the machine has it is found out later."""
 
     name = "device"
 
@@ -24,13 +24,13 @@ class Device(click.ParamType):
         Raises:
             InputError: not the name of a device.
         """
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             raise InputError(
                 "--device",
                 value,
                 "there is no such device",
-                allowed="auto, cpu, mps, cuda, cuda:N",
-                fix=did_you_mean(value, ["auto", "cpu", "mps", "cuda"]),
+                allowed="auto, cpu, cuda, cuda:N",
+                fix=did_you_mean(value, ["auto", "cpu", "cuda"]),
             )
         return value
 
@@ -87,7 +87,7 @@ _RECIPE_OPTIONS = (
     click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of every random choice (calibration.seed)."),
 )
 _MACHINE_OPTIONS = (
-    click.option("--device", type=Device(), default="auto", show_default=True, help="Or cpu, mps, cuda, cuda:N."),
+    click.option("--device", type=Device(), default="auto", show_default=True, help="Or cpu, cuda, cuda:N."),
     click.option(
         "--offline",
         is_flag=True,

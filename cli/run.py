@@ -13,7 +13,9 @@ from compress.options import RunOptions
 @recipe_options
 @click.option("--out", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder of the artifact.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
-@click.option("--resume/--fresh", default=True, show_default=True, help="Continue an interrupted run, or start over.")
+@click.option(
+    "--resume/--fresh", default=True, show_default=True, help="Continue an interrupted run, or throw its work away."
+)
 @machine_options
 @json_option
 def run_command(

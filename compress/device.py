@@ -16,8 +16,8 @@ def pick_device(name: str, option: str = "--device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(option, name, "is not a device", allowed="auto, cpu, cuda, cuda:N, mps") from error
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        raise InputError(option, name, "is not a device", allowed="auto, cpu, cuda, cuda:N") from error
+    present = {"cpu": True, "cuda": torch.cuda.is_available()}
     if not present.get(device.type, False):
         raise InputError(option, name, "this machine has none, or PyTorch doesn't see it", fix="use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

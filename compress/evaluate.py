@@ -1,5 +1,6 @@
 """``compress eval``: a model scored, alone or beside a baseline."""
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -65,18 +66,22 @@ class EvalOutcome:
         return lines
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def rows_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows of a comparison as JSON types."""
+    """Rows of a comparison as JSON types; a figure that isn't finite is null."""
     return [
         {
             "task": row.task,
             "metric": row.metric,
-            "before": row.before.value,
+            "before": _finite(row.before.value),
             "before_stderr": row.before.stderr,
-            "after": row.after.value,
+            "after": _finite(row.after.value),
             "after_stderr": row.after.stderr,
-            "delta": row.delta,
-            "ratio": row.ratio,
+            "delta": _finite(row.delta),
+            "ratio": None if row.ratio is None else _finite(row.ratio),
         }
         for row in rows
     ]

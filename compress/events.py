@@ -36,7 +36,8 @@ class ModuleDone:
         relative_error: ``||(W - W_hat) X||^2 / ||W X||^2``; None or NaN when there was no calibration input.
         damp: damping of the Hessian that was used; None or NaN when none was needed.
         seconds: time spent on this module.
-        note: a fallback that was taken, empty if none.
+        note: what is remarkable about it, empty if nothing.
+        degraded: it was rounded to nearest although GPTQ was asked for.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModuleDone:
     damp: float | None
     seconds: float
     note: str = ""
+    degraded: bool = False
 
 
 @dataclass(frozen=True)

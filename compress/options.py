@@ -23,7 +23,7 @@ class RunOptions:
         eval_tasks: replaces ``eval.tasks``; an empty tuple switches scoring off; None keeps the recipe's.
         task_path: replaces ``eval.task_path``, a folder of lm-eval task files.
         resume: continue an interrupted run in the same folder; False starts over.
-        device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         seed: replaces ``calibration.seed``, from which every random choice of a run derives.
         trust_remote_code: let a model's own Python code run.
         dry_run: stop after the plan.

@@ -23,7 +23,8 @@ from compress.artifact.check import check_reload
 from compress.artifact.export import read_report, write_artifact
 from compress.calibrate.errors import InputError
 from compress.calibrate.selfgen import fast_dtype
-from compress.calibrate.source import Model, Request, prepare
+from compress.calibrate.source import AUTO, SELF, Model, Request, prepare
+from compress.calibrate.text import is_local
 from compress.calibrate.windows import CalibrationSet
 from compress.evalsuite.compare import compare, markdown_table
 from compress.evalsuite.score import Scores, score
@@ -97,35 +98,64 @@ def run(
     if planned.recipe.eval is not None:
         check_data(planned.recipe.eval.tasks, planned.recipe.eval.task_path)
     view = open_model(model, options.trust_remote_code)
-    finished = read_report(planned.out) if planned.out.exists() else None
-    early = _fingerprint(planned, view)
-    _refuse_other(planned.out, finished, early)
-    if finished is None and options.resume:
-        refuse_other_run(planned.out, early)
-    calibration = _calibration(view, planned.recipe, emit)
-    report = _begin_report(planned, view, calibration)
-    _refuse_other(planned.out, finished, report["fingerprint"])
-    if finished is not None:
+    report = read_report(planned.out) if planned.out.exists() else None
+    if report is not None:
+        _check_finished(report, planned, view)
         emit(Message(f"{planned.out} is complete already; remove it to make it again"))
         sweep(planned.out)
-        report = finished
     else:
-        with WorkFolder(planned.out, report["fingerprint"], options.resume) as folder:
-            job = Job(view, planned.recipe, calibration, folder, planned.device, emit, report)
-            try:
-                _make(job)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                fix = "free some space and give the same command again: every finished layer is kept"
-                raise InputError("--out", planned.out, "the disk is full", fix=fix) from error
+        report = _compress(planned, view, options.resume, emit)
     unscored = planned.recipe.eval is not None and not _scored(report, planned.recipe)
     if unscored:
         report["eval"] = _evaluate(view, planned, emit)
     if unscored or report["seconds"] is None:  # None: the first run, or one that was killed after publication
         report["seconds"] = round((report["seconds"] or 0.0) + time.perf_counter() - started, 1)
-    _write_report(planned.out, report)
+        _write_report(planned.out, report)
     return RunResult(planned.out, report, summary(planned.out, report))
+
+
+def _compress(planned: Plan, view: ModelView, resume: bool, emit: Callable[[Event], None]) -> dict[str, Any]:
+    """Everything up to publication; returns the report."""
+    kept = refuse_other_run(planned.out, _fingerprint(planned, view)) if resume else None
+    calibration = _calibration(view, planned.recipe, _source_of(kept), emit)
+    report = _begin_report(planned, view, calibration)
+    with WorkFolder(planned.out, report["fingerprint"], resume) as folder:
+        try:
+            _make(Job(view, planned.recipe, calibration, folder, planned.device, emit, report))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fix = "free some space and give the same command again: every finished layer is kept"
+            raise InputError("--out", planned.out, "the disk is full", fix=fix) from error
+    return report
+
+
+def _check_finished(finished: dict[str, Any], planned: Plan, view: ModelView) -> None:
+    """Refuse a folder that holds the artifact of another run.
+
+    Text of the Hub's or the model's own is taken to be what it was; a file is read again.
+
+    Raises:
+        InputError: says what is different.
+    """
+    fingerprint = _fingerprint(planned, view)
+    section = planned.recipe.calibration
+    if section is not None and is_local(section.source) and section.source not in (AUTO, SELF):
+        fingerprint["calibration"] = _text_fingerprint(_calibration(view, planned.recipe, None, _ignore))
+    old = {key: value for key, value in finished.get("fingerprint", {}).items() if key in fingerprint}
+    if changes := differences(old, fingerprint):
+        fix = "choose another folder"
+        raise InputError("--out", planned.out, f"holds another artifact: {'; '.join(changes)}", fix=fix)
+
+
+def _source_of(kept: dict[str, Any] | None) -> str | None:
+    """The calibration source that an interrupted run had settled on."""
+    text = None if kept is None else kept["fingerprint"].get("calibration")
+    return None if text is None else str(text["source"])
+
+
+def _text_fingerprint(calibration: CalibrationSet | None) -> dict[str, str] | None:
+    return None if calibration is None else {"source": calibration.source, "digest": calibration.digest}
 
 
 def _make(job: Job) -> None:
@@ -151,13 +181,17 @@ def _make(job: Job) -> None:
     job.emit(StageDone("artifact", time.perf_counter() - started))
 
 
-def _calibration(view: ModelView, recipe: Recipe, emit: Callable[[Event], None]) -> CalibrationSet | None:
+def _calibration(
+    view: ModelView, recipe: Recipe, settled: str | None, emit: Callable[[Event], None]
+) -> CalibrationSet | None:
+    """The token windows; ``auto`` means what an interrupted run had settled on, Hub or not."""
     section = recipe.calibration
     if section is None:
         return None
     emit(StageStarted("calibration"))
     started = time.perf_counter()
-    request = Request(section.source, section.column, section.samples, section.seq_len, section.seed)
+    source = settled if settled is not None and section.source == AUTO else section.source
+    request = Request(source, section.column, section.samples, section.seq_len, section.seed)
     fingerprint = json.dumps(view.checkpoint.fingerprint(), sort_keys=True)
     writer = Model(open=lambda: view.load_dense(fast_dtype()), fingerprint=fingerprint)
     found = prepare(request, view.tokenizer(), writer, progress=_Every(10, emit))
@@ -217,8 +251,7 @@ def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | 
             if "of the Hugging Face Hub" in calibration.origin
             else None,
         },
-        "fingerprint": _fingerprint(planned, view)
-        | {"calibration": None if calibration is None else calibration.digest},
+        "fingerprint": _fingerprint(planned, view) | {"calibration": _text_fingerprint(calibration)},
     }
 
 
@@ -230,19 +263,6 @@ def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("compress", "torch", "transformers")},
         "device": planned.device.type,
     }
-
-
-def _refuse_other(out: Path, finished: dict[str, Any] | None, fingerprint: dict[str, Any]) -> None:
-    """Refuse a folder that holds the artifact of another run.
-
-    Raises:
-        InputError: says what is different.
-    """
-    if finished is None:
-        return
-    old = {key: value for key, value in finished.get("fingerprint", {}).items() if key in fingerprint}
-    if changes := differences(old, fingerprint):
-        raise InputError("--out", out, f"holds another artifact: {'; '.join(changes)}", fix="choose another folder")
 
 
 def _scored(report: dict[str, Any], recipe: Recipe) -> bool:
@@ -317,7 +337,7 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
     if weights.get("degraded"):
         lines.append(f"degraded {len(weights['degraded'])} modules were rounded to nearest: see report.json")
     for row in (report.get("eval") or {}).get("rows", [])[:4]:
-        lines.append(f"score    {row['task']} {row['metric']}: {row['before']:.4g} -> {row['after']:.4g}")
+        lines.append(f"score    {row['task']} {row['metric']}: {_figure(row['before'])} -> {_figure(row['after'])}")
     lines.append(
         f"check    reloaded by transformers, logits within {report['reload_check']['relative_difference']:.1e}"
     )
@@ -325,6 +345,10 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
     lines.append(f"report   {out / 'report.json'}")
     lines.append(f"use      compress generate {shlex.quote(str(out))} --prompt 'Hello'")
     return lines
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _ignore(_: Event) -> None:

@@ -19,6 +19,7 @@ from compress.model import ModelFacts, open_config
 from compress.options import RunOptions
 from compress.recipe import Recipe
 from compress.weights.stage import WeightsStage
+from compress.work import partial_folder
 
 STAGES: tuple[Stage, ...] = (WeightsStage(),)
 LIBRARIES_BYTES = 550 << 20  # what Python, torch and transformers occupy before a model is opened
@@ -186,7 +187,11 @@ def check_out(planned: Plan) -> None:
         raise InputError("--out", out, f"{parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise InputError("--out", out, f"{parent} can't be written to", fix="choose another folder")
-    free = shutil.disk_usage(parent).free
+    if read_report(out) is not None:
+        return
+    work = partial_folder(out)
+    kept = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
+    free = shutil.disk_usage(parent).free + kept
     if free < planned.disk_bytes:
         raise InputError(
             "--out",

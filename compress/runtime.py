@@ -16,9 +16,11 @@ from transformers import (
 from compress.artifact.export import load_artifact
 from compress.artifact.inspect import inspect
 from compress.calibrate.errors import InputError
+from compress.checkpoint import read_json
 from compress.device import pick_device
 from compress.model import open_model
 from compress.options import GenerateOptions
+from compress.source import download, hub_config_folder, hub_weight_bytes, locate
 
 
 def load(
@@ -39,15 +41,27 @@ def load(
         InputError: no such model, or a damaged artifact.
     """
     place = pick_device(device)
-    folder = Path(model)
-    if (folder / "config.json").is_file():
-        found = inspect(folder)
-        if found.damaged:
-            raise InputError("--model", model, f"is damaged: {', '.join(found.damaged)} changed since it was written")
-        if "quantization_config" in found.config:
-            return load_artifact(folder, dtype).to(place), AutoTokenizer.from_pretrained(str(folder))
-    view = open_model(str(model), trust_remote_code)
-    return view.load_dense(dtype).to(place), view.tokenizer()
+    folder = _compressed_folder(str(model))
+    if folder is None:
+        view = open_model(str(model), trust_remote_code)
+        return view.load_dense(dtype).to(place), view.tokenizer()
+    found = inspect(folder)
+    if found.damaged:
+        raise InputError("--model", model, f"is damaged: {', '.join(found.damaged)} changed since it was written")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    return load_artifact(folder, dtype).to(place), tokenizer
+
+
+def _compressed_folder(model: str) -> Path | None:
+    """The folder of a model that is quantized already, fetched from the Hub if it is there; None for any other."""
+    found = locate(model)
+    online = found.kind == "hub" and hub_weight_bytes(model) is not None
+    folder = hub_config_folder(model, online) if found.kind == "hub" else found.path
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    if "quantization_config" not in read_json(folder / "config.json", model):
+        return None
+    return download(model, online) if found.kind == "hub" else folder
 
 
 def generate(model: str, prompt: str, options: GenerateOptions | None = None) -> Iterator[str]:

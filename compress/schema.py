@@ -61,7 +61,8 @@ class Calibration(Section):
         default="auto",
         min_length=1,
         description="Where the text comes from: auto (the Hub if it can be reached, else self), self (the model writes"
-        " it), a .txt/.jsonl/.parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hub.",
+        " it), a .txt/.jsonl/.parquet file, pydoc (Python's documentation), or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the"
+        " Hub.",
     )
     column: str = Field(
         default="text", min_length=1, description="Column or field that holds the text, if source names none."
@@ -97,7 +98,7 @@ class Weights(Section):
     ] = Field(
         default=128,
         description="Input columns that share a scale: it must divide every layer's input size; -1 is one scale an"
-        " output channel; auto takes the largest of 128, 64, 32 that fits.",
+        " output channel; auto takes the largest of 128, 64, 32, 16 that fits.",
     )
     symmetric: bool = Field(default=True, description="No zero points. vLLM loads 2 and 3 bits only if symmetric.")
     clip: Literal["none", "mse", "hessian"] = Field(
@@ -199,7 +200,8 @@ class Eval(Section):
     text: str = Field(
         default="auto",
         min_length=1,
-        description="Text of the perplexity: as calibration.source, or pydoc (Python's documentation, always at hand).",
+        description="Text of the perplexity: auto (WikiText-2 if the Hub can be reached, else pydoc), a"
+        " .txt/.jsonl/.parquet file, pydoc (Python's documentation), or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hub.",
     )
     window: int = Field(default=PERPLEXITY_WINDOW, ge=2, description="Tokens a perplexity window.")
     windows: Annotated[int, Ge(1)] | None = Field(

@@ -7,18 +7,21 @@ recipe, calibration tokens, versions. A run with another fingerprint refuses to 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.calibrate.errors import InputError
 
 STATE = "state.json"
+LOCK = ".lock"
 SUFFIX = ".partial"
 
 
@@ -73,10 +76,12 @@ class WorkFolder:
         self.artifact = self.path / "artifact"
         self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "stages": {}}
         self._resume = resume
-        self._lock = FileLock(str(out.parent / f".{out.name}.lock"))
+        self._lock = FileLock(str(self.path / LOCK))
 
     def __enter__(self) -> "WorkFolder":
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError("--out", self.out, f"{self.path} is in the way", fix="choose another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -92,12 +97,18 @@ class WorkFolder:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _open(self) -> None:
-        if self.path.exists() and not self._resume:
-            shutil.rmtree(self.path)
-        self.path.mkdir(exist_ok=True)
+        ours = (self.path / STATE).exists()
+        found = [path for path in self.path.iterdir() if path.name != LOCK and path.suffix != ".part"]
+        if found and not ours:
+            fix = "remove it, or choose another --out"
+            raise InputError("--out", self.out, f"{self.path} isn't the work of a run", fix=fix)
+        if self.out.exists() and any(self.out.iterdir()):
+            raise InputError("--out", self.out, "was written meanwhile", fix="give the same command again")
+        if not self._resume:
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         kept = refuse_other_run(self.out, self.state["fingerprint"])
         if kept is None:
             self.save()
@@ -114,10 +125,20 @@ class WorkFolder:
         write_text(self.path / STATE, json.dumps(self.state, indent=1))
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
-        """Write a safetensors file, atomically."""
+        """Write a safetensors file, atomically.
+
+        Raises:
+            OSError: it can't be written, with the system's error number, which safetensors only mentions.
+        """
         target = self.path / name
         part = target.with_name(target.name + ".part")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), str(error), str(part)) from error
         _settle(part, target)
         return target
 
@@ -129,7 +150,7 @@ class WorkFolder:
 
 def sweep(out: Path) -> None:
     """Remove the work of a run whose artifact is in its place."""
-    if partial_folder(out).exists():
+    if (partial_folder(out) / STATE).exists():
         shutil.rmtree(partial_folder(out))
 
 

@@ -65,7 +65,7 @@ def artifact_config(view: ModelView, result: Result) -> Any:
 def load_artifact(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Plain ``from_pretrained`` in eval mode, without its progress bars."""
     with redirect_stderr(io.StringIO()):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
         if hasattr(model, "ct_decompress_hook"):
             # left alone, it has weights only after the whole model was called once, and its parts can't be called
             model.hf_quantizer.compressor.decompress_model(model)

@@ -57,7 +57,7 @@ class Inspection:
         known = sorted((m for m in modules if m["relative_error"] is not None), key=lambda m: -m["relative_error"])
         lines += [f"  worst: {m['name']} W{m['bits']} rel.err {m['relative_error']:.4f}" for m in known[:5]]
         for row in (self.report.get("eval") or {}).get("rows", []):
-            lines.append(f"  {row['task']} {row['metric']}: {row['before']:.4g} -> {row['after']:.4g}")
+            lines.append(f"  {row['task']} {row['metric']}: {row['before']} -> {row['after']}")
         lines += [f"  DAMAGED: {name} isn't the file that was written" for name in self.damaged]
         return lines
 

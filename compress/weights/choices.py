@@ -13,7 +13,7 @@ from compress.kernels.packing import packed_words
 from compress.model import ModelFacts
 from compress.recipe import Recipe
 from compress.schema import Weights
-from compress.weights.layer import STACKS, width_of
+from compress.weights.layer import SHARES_BYTES, STACKS, width_of
 from compress.weights.rotation import describe, rotates_residual, unties
 
 AUTO_SIZES = (128, 64, 32, 16)
@@ -157,7 +157,8 @@ def estimate(facts: ModelFacts, recipe: Recipe) -> Estimate:
     result = artifact_bytes(facts, recipe)
     residual, per_head = describe(facts, settings)
     size = group_size(facts, settings)
-    memory = layer_weights * 12 + widest**2 * 24 + vocab * hidden * (8 + 4) + len(inputs) * length * widest * 4
+    shares = min(4 * widest**2 * (torch.get_num_threads() + 1), SHARES_BYTES)
+    memory = shares + layer_weights * 12 + widest**2 * 24 + vocab * hidden * (8 + 4) + len(inputs) * length * widest * 4
     return Estimate(
         lines=_lines(facts, recipe, size, residual, per_head),
         flops=flops * facts.num_layers,

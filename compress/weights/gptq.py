@@ -65,13 +65,15 @@ class Solution:
         codes: ``[rows, columns]`` int8, signed.
         scales: scale and zero point of every (row, group).
         damp: the damping that was used; NaN where nothing was factorized.
-        note: what went differently from what was asked, or an empty string.
+        note: what a user should know of it, or an empty string.
+        degraded: it was rounded to nearest although GPTQ was asked for.
     """
 
     codes: Tensor
     scales: Scales
     damp: float = float("nan")
     note: str = ""
+    degraded: bool = False
 
     def dequantized(self) -> Tensor:
         """``[rows, columns]`` float32: exactly what a reader of the artifact computes in float32."""
@@ -120,10 +122,12 @@ def solve(weight: Tensor, hessian: Tensor, settings: Settings, workers: Workers 
         raise ValueError("the Hessian holds NaN or infinite values")
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if settings.act_order else None
-    factor, damp = factorize(hessian if order is None else hessian[order][:, order], settings.damp)
+    with one_thread():  # a threaded factorization depends on the number of threads in its last bits
+        factor, damp = factorize(hessian if order is None else hessian[order][:, order], settings.damp)
     if factor is None:
         solution = round_to_nearest(weight, replace(settings, clip="mse"))
         solution.note = "no damping made the Hessian positive definite: rounded to nearest"
+        solution.degraded = True
         return solution
     unit = (factor / factor.diagonal()).to(weight.dtype)
     H = hessian.to(weight.dtype)

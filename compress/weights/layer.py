@@ -26,6 +26,9 @@ from compress.weights.observe import Pieces
 STACKS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # what reads the same input
 
 
+SHARES_BYTES = 1 << 30  # of the samples' shares of a Hessian, in memory at once
+
+
 def width_of(name: str, settings: Weights) -> int:
     """Bits of a module: the first override whose pattern is found in its name, else the general width."""
     return next((bits for pattern, bits in settings.overrides.items() if re.search(pattern, name)), settings.bits)
@@ -147,7 +150,9 @@ class _LayerRun:
             return gram(x, self.weights[i]) if self.work.measured else None
 
         total: Hessian | None = None
-        for part in self.work.workers.map(share, range(self.samples)):
+        width = self.pieces.width(role)
+        ahead = min(self.work.workers.count, SHARES_BYTES // (4 * width * width))
+        for part in self.work.workers.map(share, range(self.samples), ahead):
             if part is not None:
                 total = total or Hessian(part.shape[0], self.work.device)
                 total.add(part, self.length)
@@ -253,6 +258,7 @@ def quantize_matrix(
     if not torch.isfinite(hessian).all():
         solution = round_to_nearest(weight, replace(settings, clip="mse"))
         solution.note = "its calibration inputs hold NaN or infinity: rounded to nearest"
+        solution.degraded = True
         return solution
     return solve(weight, hessian, settings, workers)
 

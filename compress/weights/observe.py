@@ -58,6 +58,7 @@ class Pieces:
         self.family = family
         self.positions = positions
         self.mask = mask
+        self._widths = {role: self.linear(role).in_features for role in family.roles}
         self.attention = layer.get_submodule(family.attention)
         self.attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr]
 
@@ -66,6 +67,10 @@ class Pieces:
         module = self.layer.get_submodule(self.family.roles[role])
         assert isinstance(module, nn.Linear)
         return module
+
+    def width(self, role: str) -> int:
+        """Inputs of a linear layer, also while an identity stands in its place."""
+        return self._widths[role]
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What q, k and v read."""

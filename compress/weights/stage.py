@@ -17,7 +17,7 @@ from compress.artifact.compressed_tensors import Scheme, dequantized, packed_ten
 from compress.calibrate.errors import InputError
 from compress.calibrate.stream import ActivationFile
 from compress.calibrate.windows import expand
-from compress.calibrate.workers import Workers
+from compress.calibrate.workers import Workers, one_thread
 from compress.events import LayerDone, LayerStarted, Message, ModuleDone, StageDone, StageStarted
 from compress.job import Estimate, Job, Result
 from compress.model import ModelFacts
@@ -62,7 +62,8 @@ class _Run:
         facts = job.view.facts
         self.dtype = choices.storage_dtype(facts, job.recipe)
         self.group_size = choices.group_size(facts, self.settings)
-        self.rotations: Rotations = make_rotations(facts, self.settings, job.report["seed"])
+        with one_thread():  # a random rotation comes from a QR decomposition, see weights/gptq.py
+            self.rotations: Rotations = make_rotations(facts, self.settings, job.report["seed"])
         self.untied = unties(facts, self.settings)
         self.head_bits = choices.head_bits(facts, self.settings)
         ids, measured = _tokens(job)
@@ -102,6 +103,9 @@ class _Run:
             self.job.folder.save_tensors("head.safetensors", self._head(head))
             del head
         embed = rotate_rows(embed, self.rotations).to(self.dtype)
+        if not torch.isfinite(embed).all():
+            fix = "set export.dtype=bfloat16 or float32"
+            raise InputError("export.dtype", self.dtype, "is too narrow for the embedding's values", fix=fix)
         self.job.folder.save_tensors("embed.safetensors", {f"{family.embed}.weight": embed})
         norm = torch.ones_like(gain) if self.rotations.residual is not None else gain
         self.job.folder.save_tensors("norm.safetensors", {f"{family.final_norm}.weight": norm.to(self.dtype)})
@@ -152,10 +156,17 @@ class _Run:
             (cos.to(job.device), sin.to(job.device)),
             None if mask is None else mask.to(job.device),
         )
+        if not self._hidden_path(index).exists():
+            fix = "start over with --fresh"
+            raise InputError("--resume", self._hidden_path(index), "is missing: it held this layer's inputs", fix=fix)
         inputs, outputs = self._hidden(index), self._hidden(index + 1)
         names = {role: fact.name for role, fact in view.linears(index).items()}
         streams = Streams(inputs, outputs, *scratch)
         done = quantize_layer(pieces, streams, self.work, names, view.window(index))
+        if not all(bool(torch.isfinite(outputs[i]).all()) for i in range(len(outputs))):
+            raise InputError(
+                "--model", view.source, f"layer {index} gives NaN or infinite activations on the calibration text"
+            )
         self._store(index, done, {name: w for name, w in weights.items() if name not in linear})
         outputs.flush()
         self.state["layers"] = index + 1
@@ -182,7 +193,10 @@ class _Run:
     def _hidden(self, index: int) -> ActivationFile:
         samples, length = self.work.ids.shape
         shape = (samples, length, self.job.view.config.hidden_size)
-        return ActivationFile(self.job.folder.path / f"hidden-{index:05d}.bin", shape)
+        return ActivationFile(self._hidden_path(index), shape)
+
+    def _hidden_path(self, index: int) -> Path:
+        return self.job.folder.path / f"hidden-{index:05d}.bin"
 
     def _scratch(self) -> tuple[ActivationFile, ActivationFile]:
         samples, length = self.work.ids.shape
@@ -234,7 +248,7 @@ class _Run:
             "lm_head_bits": self.head_bits,
             "dtype": str(self.dtype).removeprefix("torch."),
             "seconds": round(self.state["seconds"], 2),
-            "degraded": [module["name"] for module in modules if module["note"]],
+            "degraded": [module["name"] for module in modules if module["degraded"]],
             "modules": modules,
         }
 
@@ -269,5 +283,12 @@ def _line(part: Quantized, group_size: int) -> dict[str, Any]:
 def _event(part: Quantized, group_size: int) -> ModuleDone:
     solution = part.solution
     return ModuleDone(
-        part.name, part.bits, group_size, part.relative_error, solution.damp, round(part.seconds, 3), solution.note
+        part.name,
+        part.bits,
+        group_size,
+        part.relative_error,
+        solution.damp,
+        round(part.seconds, 3),
+        solution.note,
+        solution.degraded,
     )

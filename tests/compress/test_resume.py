@@ -187,7 +187,7 @@ def change_model(model: Path) -> None:
     [
         ("recipe", ["weights.bits was 3, now 4"]),
         ("seed", ["calibration.seed was 0, now 1"]),
-        ("text", ["calibration was"]),
+        ("text", ["calibration.digest was"]),
         ("model", ["model.model.safetensors was"]),
     ],
 )
