@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from compress.artifact.compressed_tensors import Scheme
 from compress.calibrate.windows import CalibrationSet
 from compress.events import Event
 from compress.model import ModelFacts, ModelView
 from compress.recipe import Recipe
+from compress.scheme import Scheme
 from compress.work import WorkFolder
 
 

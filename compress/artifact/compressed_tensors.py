@@ -9,7 +9,6 @@ A linear layer ``NAME`` of shape ``[rows, columns]`` becomes
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 
 from compress.kernels.packing import pack, pack_columns, unpack, unpack_columns
+from compress.scheme import Scheme
 
 FORMAT = "pack-quantized"
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a linear layer is stored: bits, columns a scale (-1: one scale a row), with or without zero points."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
-
-    def __str__(self) -> str:
-        group = "channel" if self.group_size == -1 else f"G{self.group_size}"
-        return f"W{self.bits}A16-{group}{'' if self.symmetric else '-asym'}"
 
 
 def packed_tensors(

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from compress.artifact.compressed_tensors import Scheme
 from compress.calibrate.errors import InputError
 from compress.calibrate.stream import ActivationFile
 from compress.job import Estimate
@@ -13,6 +12,7 @@ from compress.kernels.packing import packed_words
 from compress.model import ModelFacts
 from compress.recipe import Recipe
 from compress.schema import Weights
+from compress.scheme import Scheme
 from compress.weights.layer import SHARES_BYTES, STACKS, width_of
 from compress.weights.rotation import describe, rotates_residual, unties
 

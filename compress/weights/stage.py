@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.artifact.compressed_tensors import Scheme, dequantized, packed_tensors
+from compress.artifact.compressed_tensors import dequantized, packed_tensors
 from compress.calibrate.errors import InputError
 from compress.calibrate.stream import ActivationFile
 from compress.calibrate.windows import expand
@@ -23,6 +23,7 @@ from compress.job import Estimate, Job, Result
 from compress.model import ModelFacts
 from compress.recipe import Recipe
 from compress.schema import Weights
+from compress.scheme import Scheme
 from compress.weights import choices
 from compress.weights.gptq import Settings, round_to_nearest
 from compress.weights.grid import Grid

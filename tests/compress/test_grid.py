@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.artifact.compressed_tensors import Scheme, dequantized, packed_tensors
+from compress.artifact.compressed_tensors import dequantized, packed_tensors
+from compress.scheme import Scheme
 from compress.weights import grid as module
 from compress.weights.gptq import Settings, round_to_nearest
 from compress.weights.grid import Grid, full_range, search_scales
