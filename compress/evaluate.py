@@ -1,6 +1,5 @@
 """``compress eval``: a model scored, alone or beside a baseline."""
 
-import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from compress.calibrate.text import PYDOC, check_text, open_text
 from compress.evalsuite.catalogue import PERPLEXITY, validate_tasks
 from compress.evalsuite.compare import Row, compare, markdown_table
 from compress.evalsuite.harness import load_tasks
-from compress.evalsuite.score import Scores, score
+from compress.evalsuite.score import Scores, finite, score
 from compress.evalsuite.settings import EvalSettings
 from compress.memory import release
 from compress.options import EvalOptions
@@ -66,25 +65,24 @@ class EvalOutcome:
         return lines
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def rows_json(rows: list[Row]) -> list[dict[str, Any]]:
     """Rows of a comparison as JSON types; a figure that isn't finite is null."""
-    return [
-        {
-            "task": row.task,
-            "metric": row.metric,
-            "before": _finite(row.before.value),
-            "before_stderr": row.before.stderr,
-            "after": _finite(row.after.value),
-            "after_stderr": row.after.stderr,
-            "delta": _finite(row.delta),
-            "ratio": None if row.ratio is None else _finite(row.ratio),
-        }
-        for row in rows
-    ]
+    found: list[dict[str, Any]] = finite(
+        [
+            {
+                "task": row.task,
+                "metric": row.metric,
+                "before": row.before.value,
+                "before_stderr": row.before.stderr,
+                "after": row.after.value,
+                "after_stderr": row.after.stderr,
+                "delta": row.delta,
+                "ratio": row.ratio,
+            }
+            for row in rows
+        ]
+    )
+    return found
 
 
 def eval_text(spec: str, tasks: list[str] | tuple[str, ...]) -> EvalText | None:

@@ -74,7 +74,7 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; a figure that isn't finite becomes null, since JSON has no name for it."""
-        return _finite(asdict(self))
+        return finite(asdict(self))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Scores":
@@ -162,11 +162,12 @@ def _metrics(task: str, results: dict[str, Any]) -> list[Metric]:
     return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Nested lists and mappings with null in the place of every float that isn't finite; tuples become lists."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

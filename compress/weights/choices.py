@@ -145,15 +145,15 @@ def estimate(facts: ModelFacts, recipe: Recipe) -> Estimate:
     layer_weights = sum(fact.out_features * fact.in_features for fact in linears.values())
     widest = max(fact.in_features for fact in linears.values())
     hidden, vocab = facts.config.hidden_size, facts.config.vocab_size
-    inputs = {linears[stack[0]].in_features: 0 for stack in STACKS}
+    inputs = {linears[stack[0]].in_features for stack in STACKS}
     squares = sum(linears[stack[0]].in_features ** 2 for stack in STACKS)
     heads = facts.config.num_attention_heads * facts.head_dim
     attention = 2 * 2 * tokens * length / 2 * heads * (2 if settings.importance == "attention" else 1)
     measured = calibration is not None
     solving = sum(2 * f.out_features * f.in_features**2 for f in linears.values()) * (3 + 2 * settings.sweeps)
     flops = 2 * tokens * layer_weights + attention + measured * (1.3 * tokens * squares + solving)
-    files = {"hidden": 2 * hidden, "attention": linears["o"].in_features, "mlp": widest}
-    scratch = ActivationFile.nbytes((samples, length, sum(files.values())))
+    width = 2 * hidden + linears["o"].in_features + widest  # inputs and outputs, attention, MLP
+    scratch = ActivationFile.nbytes((samples, length, width))
     result = artifact_bytes(facts, recipe)
     residual, per_head = describe(facts, settings)
     size = group_size(facts, settings)
