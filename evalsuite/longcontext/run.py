@@ -1,0 +1,162 @@
+"""A model's answers to long prompts, decoded greedily with its cache at work, and their scores."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compress.calibrate.workers import Workers
+from compress.evalsuite.head import CacheFactory, evaluating
+from compress.evalsuite.longcontext.prompts import Item, cached_items
+from compress.evalsuite.longcontext.settings import LongContextSettings, check_long_context
+
+CHUNK = 4096
+"""Tokens of a prompt that go through the model at once."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was expected, what the model said, and the share of what was expected that is in it."""
+
+    expected: tuple[str, ...]
+    given: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The questions of one task, length and depth.
+
+    Attributes:
+        task: its name.
+        length: tokens of a prompt with its answer.
+        depth: place of the needle as a fraction; None where the answer is spread over the prompt.
+        score: mean over the questions, 0 to 1.
+        n: number of questions.
+        answers: each of them.
+    """
+
+    task: str
+    length: int
+    depth: float | None
+    score: float
+    n: int
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task at one length, over all depths.
+
+    Attributes:
+        task: its name.
+        length: tokens of a prompt with its answer.
+        score: mean over the questions, 0 to 1.
+        stderr: standard error of the mean; None for a single question.
+        scores: of each question, in the order in which they are asked.
+    """
+
+    task: str
+    length: int
+    score: float
+    stderr: float | None
+    scores: tuple[float, ...]
+
+
+def long_context(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    settings: LongContextSettings,
+    haystack: str | None = None,
+    cache: CacheFactory | None = None,
+) -> list[Cell]:
+    """Ask a model.
+
+    Args:
+        model: a transformers causal language model; it is left as it was.
+        tokenizer: its tokenizer.
+        tasks: names out of ``TASKS``.
+        settings: the grid of prompts.
+        haystack: text around the needles; None is RULER's repeated sentences. Tasks that have a haystack of their own
+            don't use it.
+        cache: makes a fresh cache for a prompt; by default the model makes its own.
+
+    Returns:
+        A cell for every task, length and depth, in this order.
+
+    Raises:
+        InputError: as :func:`check_long_context`; a length that is too short for a task.
+    """
+    check_long_context(tasks, settings, getattr(model.config, "max_position_embeddings", None))
+    items = [item for task in tasks for item in cached_items(task, tokenizer, settings, haystack)]
+    # threads share a cache factory and, with it, whatever its author keeps in it: only plain models run side by side
+    side_by_side = model.device.type == "cpu" and cache is None
+    with evaluating(model), Workers(None if side_by_side else 1) as workers:
+        answers = list(workers.map(lambda item: _answer(model, tokenizer, item, cache), items))
+    cells: dict[tuple[str, int, float | None], list[Answer]] = {}
+    for item, answer in zip(items, answers, strict=True):
+        cells.setdefault((item.task, item.length, item.depth), []).append(answer)
+    return [
+        Cell(*key, statistics.fmean(answer.score for answer in found), len(found), tuple(found))
+        for key, found in cells.items()
+    ]
+
+
+def results(cells: Sequence[Cell]) -> list[Result]:
+    """Scores by task and length, with their standard errors."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for cell in cells:
+        found.setdefault((cell.task, cell.length), []).extend(answer.score for answer in cell.answers)
+    return [
+        Result(task, length, statistics.fmean(scores), _stderr(scores), tuple(scores))
+        for (task, length), scores in found.items()
+    ]
+
+
+def grid(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The cells as a report keeps them."""
+    return [
+        {"task": cell.task, "length": cell.length, "depth": cell.depth, "score": cell.score, "n": cell.n}
+        for cell in cells
+    ]
+
+
+def string_match_all(given: str, expected: Sequence[str]) -> float:
+    """RULER's score: the share of the expected strings that are in the answer, whatever their case."""
+    return sum(part.lower() in given.lower() for part in expected) / len(expected)
+
+
+def _stderr(scores: Sequence[float]) -> float | None:
+    return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+
+
+def _answer(model: Any, tokenizer: Any, item: Item, cache: CacheFactory | None) -> Answer:
+    """The likeliest token, again and again, until the answer is long enough or the model ends it."""
+    ids = torch.tensor([tokenizer(item.prompt, verbose=False)["input_ids"]], device=model.device)
+    past = None if cache is None else cache()
+    for part in ids.split(CHUNK, dim=1):
+        found = model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = found.past_key_values
+    ends = _ends(model, tokenizer)
+    said: list[int] = []
+    while len(said) < item.room:
+        likeliest = int(found.logits[0, -1].argmax())
+        if likeliest in ends:
+            break
+        said.append(likeliest)
+        if len(said) < item.room:
+            fed = torch.tensor([[likeliest]], device=model.device)
+            found = model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = found.past_key_values
+    given = tokenizer.decode(said, skip_special_tokens=True)
+    return Answer(item.answers, given, string_match_all(given, item.answers))
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer, by the generation settings and the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    found = set(ends if isinstance(ends, list) else [ends])
+    return {end for end in (*found, tokenizer.eos_token_id) if end is not None}
