@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 
 class InputError(ValueError):
@@ -21,12 +23,22 @@ class InputError(ValueError):
         self.option = option
         self.value = value
         self.problem = problem
+        self.allowed = allowed
+        self.fix = fix
         text = f"{option}={value}: {problem}" if value is not None else f"{option}: {problem}"
         if allowed:
             text += f"; allowed: {allowed}"
         if fix:
             text += f"; {fix}"
         super().__init__(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which hands it to another process and would call the class with the text alone."""
+        return partial(InputError, allowed=self.allowed, fix=self.fix), (self.option, self.value, self.problem)
+
+    def under(self, option: str) -> "InputError":
+        """The same error under another option."""
+        return InputError(option, self.value, self.problem, allowed=self.allowed, fix=self.fix)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str | None:

@@ -8,8 +8,12 @@ from compress.calibrate.errors import InputError, did_you_mean
 
 from compress import __version__
 
-COMMANDS = ("run", "plan", "eval", "inspect", "recipes", "generate")
+COMMANDS = ("run", "plan", "eval", "bench", "prove", "report", "compare", "inspect", "push", "recipes", "generate")
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_RESUMED = {
+    "run": ": the same command goes on from the last finished layer",
+    "push": ": the same command sends what isn't there yet",
+}
 
 
 class UserError(click.ClickException):
@@ -56,7 +60,7 @@ class LazyGroup(click.Group):
         except InputError as error:
             raise UserError(str(error)) from error
         except KeyboardInterrupt:
-            hint = ": the same command goes on from the last finished layer" if ctx.invoked_subcommand == "run" else ""
+            hint = _RESUMED.get(ctx.invoked_subcommand or "", "")
             click.echo(f"interrupted{hint}", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 

@@ -62,6 +62,19 @@ class Names(click.ParamType):
         return () if names == ("none",) else names
 
 
+class Counts(click.ParamType):
+    """Positive numbers separated by commas, as a tuple."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Split at commas."""
+        if isinstance(value, tuple):
+            return value
+        number = click.IntRange(min=1)
+        return tuple(number.convert(item.strip(), param, ctx) for item in value.split(","))
+
+
 def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         # Hugging Face's libraries read the variable once, when they are imported, which no command has done yet.

@@ -16,6 +16,8 @@ from compress.options import RunOptions
 @click.option(
     "--resume/--fresh", default=True, show_default=True, help="Continue an interrupted run, or throw its work away."
 )
+@click.option("--push", metavar="ORG/NAME", help="Put the finished artifact on the Hugging Face Hub; not asked again.")
+@click.option("--public", is_flag=True, help="With --push: let everyone see it; without this it is private.")
 @machine_options
 @json_option
 def run_command(
@@ -44,6 +46,6 @@ def run_command(
 
     with Console() as console:
         result = run(model, resolved, out=out, options=run_options, on_event=console.on_event)
-    show(result.summary, {"ok": result.ok, "out": str(result.out), "report": result.report}, as_json)
+    show(result.summary, {"ok": result.ok, "out": str(result.out), "url": result.url, "report": result.report}, as_json)
     if not result.ok:
         click.get_current_context().exit(1)

@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.artifact.hub import push as push
     from compress.pipeline import run as run
     from compress.runtime import load as load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "run"]
+__all__ = ["__version__", "load", "push", "run"]
 
-_HOMES = {"run": "compress.pipeline", "load": "compress.runtime"}
+_HOMES = {"load": "compress.runtime", "push": "compress.artifact.hub", "run": "compress.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,48 +1,50 @@
-"""``compress eval``: a model scored, alone or beside a baseline."""
+"""``compress eval``, and the scores of ``compress run``: models scored one at a time, and laid side by side."""
 
-import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
 from compress.calibrate.errors import InputError
-from compress.calibrate.hub import hub_problem
-from compress.calibrate.text import PYDOC, check_text, open_text
-from compress.evalsuite.catalogue import PERPLEXITY, validate_tasks
+from compress.device import pick_device
+from compress.eval_inputs import Prepared, check_eval, prepare_eval
+from compress.evalsuite.catalogue import DIVERGENCE
 from compress.evalsuite.compare import Row, compare, markdown_table
-from compress.evalsuite.harness import load_tasks
-from compress.evalsuite.score import Scores, finite, score
-from compress.evalsuite.settings import EvalSettings
+from compress.evalsuite.divergence import Reference
+from compress.evalsuite.score import score, tokenizer_fingerprint
+from compress.evalsuite.scores import Scores, finite
+from compress.evalsuite.statistics import EXPLANATION
 from compress.memory import release
 from compress.options import EvalOptions
-from compress.runtime import load
+from compress.runtime import Unloaded, find
 
-HUB_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
-
-
-@dataclass(frozen=True)
-class EvalText:
-    """The text of the perplexity: its name, where it is from, and the text itself."""
-
-    name: str
-    origin: str
-    text: str
+Open = Callable[[], PreTrainedModel]
+"""Loads a model to the device where it is scored."""
 
 
 @dataclass(frozen=True)
 class EvalOutcome:
-    """What ``compress eval`` found.
+    """What an evaluation found.
 
     Attributes:
         scores: of the model.
         baseline: of the baseline, if one was asked for.
         rows: the two side by side.
-        text: origin of the perplexity text.
+        text: origin of the text of perplexity and divergence.
+        haystack: origin of the text around needles.
     """
 
     scores: Scores
     baseline: Scores | None
     rows: list[Row]
     text: str | None
+    haystack: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -50,118 +52,200 @@ class EvalOutcome:
             "text": self.text,
             "scores": self.scores.to_json(),
             "baseline": None if self.baseline is None else self.baseline.to_json(),
-            "rows": rows_json(self.rows),
+            **self.findings(),
         }
 
+    def findings(self) -> dict[str, Any]:
+        """What follows from the scores, as JSON types: ``rows``, ``divergence`` and ``long_context``."""
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "divergence": self._divergence(),
+            "long_context": self._long_context(),
+        }
+
+    def note(self) -> str:
+        """What a reader of the table must know, as sentences."""
+        settings, parts = self.scores.settings, []
+        if self.text is not None:
+            stride = "" if settings.stride in (None, settings.window) else f" that overlap, {settings.stride} apart"
+            parts.append(f"Text in windows of {settings.window} tokens{stride}: {self.text}.")
+        if self.haystack is not None:
+            parts.append(f"Needles hidden in: {self.haystack}.")
+        if self.scores.divergence is not None:
+            parts.append(self.scores.divergence.sentence())
+        if any(row.paired is not None for row in self.rows):
+            parts.append(EXPLANATION)
+        return " ".join(parts)
+
     def lines(self) -> list[str]:
-        """For a terminal: one table."""
+        """For a terminal: one table, and what it rests on."""
+        if self.rows:
+            table = markdown_table(self.rows).splitlines()
+        else:
+            table = ["| task | metric | value |", "|---|---|---:|"]
+            for metric in self.scores.metrics:
+                error = "" if metric.stderr is None else f" ± {metric.stderr:.4g}"
+                table.append(f"| {metric.task} | {metric.metric} | {metric.value:.5g}{error} |")
         lines = [f"text: {self.text}"] if self.text else []
-        if self.baseline is not None:
-            return [*lines, *markdown_table(self.rows).splitlines()]
-        lines += ["| task | metric | value |", "|---|---|---:|"]
-        for metric in self.scores.metrics:
-            error = "" if metric.stderr is None else f" ± {metric.stderr:.4g}"
-            lines.append(f"| {metric.task} | {metric.metric} | {metric.value:.5g}{error} |")
-        return lines
+        lines += [f"haystack: {self.haystack}"] if self.haystack else []
+        lines += table
+        if self.rows and self.scores.divergence is not None:
+            lines.append(self.scores.divergence.sentence())
+        return [*lines, EXPLANATION] if any(row.paired is not None for row in self.rows) else lines
+
+    def _divergence(self) -> dict[str, Any] | None:
+        if self.scores.divergence is None:
+            return None
+        facts: dict[str, Any] = finite({"text": self.text, **asdict(self.scores.divergence)})
+        return facts
+
+    def _long_context(self) -> dict[str, Any] | None:
+        if not self.scores.long_context:
+            return None
+        settings = self.scores.settings
+        return {
+            "lengths": list(settings.lengths),
+            "depths": settings.depths,
+            "samples": settings.samples,
+            "seed": settings.seed,
+            "haystack": self.haystack,
+            "before": None if self.baseline is None else self.baseline.to_json()["long_context"],
+            "after": self.scores.to_json()["long_context"],
+        }
 
 
-def rows_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows of a comparison as JSON types; a figure that isn't finite is null."""
-    found: list[dict[str, Any]] = finite(
-        [
-            {
-                "task": row.task,
-                "metric": row.metric,
-                "before": row.before.value,
-                "before_stderr": row.before.stderr,
-                "after": row.after.value,
-                "after_stderr": row.after.stderr,
-                "delta": row.delta,
-                "ratio": row.ratio,
-            }
-            for row in rows
-        ]
-    )
-    return found
-
-
-def eval_text(spec: str, tasks: list[str] | tuple[str, ...]) -> EvalText | None:
-    """The perplexity text, or None where perplexity isn't asked for.
-
-    ``auto`` is WikiText-2's test split where the Hub can be reached, else Python's own documentation.
-
-    Raises:
-        InputError: the text can't be read.
-    """
-    if PERPLEXITY not in tasks:
-        return None
-    reason = ""
-    if spec == "auto":
-        problem = hub_problem()
-        spec = HUB_TEXT if problem is None else PYDOC
-        reason = "" if problem is None else f" (not WikiText-2, since {problem})"
-    source = open_text(spec, option="eval.text")
-    return EvalText(source.name, source.origin + reason, "\n\n".join(source.documents))
-
-
-def check_eval(tasks: list[str] | tuple[str, ...], task_path: str | None, text: str) -> None:
-    """Preflight of an evaluation.
-
-    Raises:
-        InputError: an unknown task, or a text that can't be read.
-    """
-    validate_tasks(list(tasks), task_path)
-    if PERPLEXITY in tasks and text != "auto":
-        check_text(text, option="eval.text")
-
-
-def check_data(tasks: list[str] | tuple[str, ...], task_path: str | None) -> None:
-    """Load the data of lm-eval's tasks, before any model is loaded: from files, the Hub's cache, or the Hub.
-
-    Raises:
-        InputError: the data of a task can't be had.
-    """
-    named = [task for task in tasks if task != PERPLEXITY]
-    if named:
-        load_tasks(named, EvalSettings(task_path=task_path))
-
-
-def evaluate(model: str, tasks: list[str], options: EvalOptions | None = None) -> EvalOutcome:
+def evaluate(
+    model: str,
+    tasks: list[str],
+    options: EvalOptions | None = None,
+    cache: Callable[[], Cache] | None = None,
+) -> EvalOutcome:
     """Score a model, and a baseline on the same items if one is named.
 
     Args:
         model: an artifact, a Hub id, a folder or a ``.gguf`` file.
-        tasks: lm-eval tasks by name, and ``perplexity``.
+        tasks: lm-eval tasks by name, long-context tasks, ``perplexity`` and ``divergence``.
         options: how.
+        cache: makes a fresh transformers ``Cache`` for each sequence that the model, not the baseline, is scored on or
+            generates; None is the model's own.
 
     Raises:
-        InputError: as ``check_eval`` and :func:`compress.load`; a baseline that can't be compared.
+        InputError: as ``check_eval``, ``prepare_eval`` and :func:`compress.load`; divergence without a baseline; a
+            baseline with another tokenizer.
     """
     options = options or EvalOptions()
     if not tasks:
         raise InputError("--tasks", None, "names no task", fix="for instance --tasks perplexity")
-    task_path = None if options.task_path is None else str(options.task_path)
-    check_eval(tasks, task_path, options.text)
-    check_data(tasks, task_path)
-    text = eval_text(options.text, tasks)
-    settings = EvalSettings(
-        window=options.window,
-        windows=options.windows,
-        limit=options.limit,
-        task_path=task_path,
-        batch_size=options.batch_size,
-        num_fewshot=options.num_fewshot,
-        progress=sys.stderr.isatty(),
+    if DIVERGENCE in tasks and options.baseline is None:
+        problem = "compares with a dense model, and none is named"
+        raise InputError("--tasks", DIVERGENCE, problem, fix="name the original: --baseline MODEL")
+    check_eval(options, tasks, None)
+    device = pick_device(options.device)
+    found = find(model, trust_remote_code=options.trust_remote_code)
+    other = None if options.baseline is None else _baseline(options.baseline, options, found.tokenizer)
+    contexts = [one.context for one in (found, other) if one is not None and one.context is not None]
+    check_eval(options, tasks, min(contexts, default=None))
+    prepared = prepare_eval(options, tasks, found.tokenizer)
+    return score_models(
+        partial(load_to, found, device),
+        None if other is None else partial(load_to, other, device),
+        found.tokenizer,
+        prepared,
+        cache,
     )
 
-    def measure(name: str) -> Scores:
-        loaded, tokenizer = load(name, device=options.device, trust_remote_code=options.trust_remote_code)
-        found = score(loaded, tokenizer, tasks, settings, text)
-        del loaded
-        release()
-        return found
 
-    after = measure(model)
-    before = None if options.baseline is None else measure(options.baseline)
-    rows = [] if before is None else compare(before, after)
-    return EvalOutcome(after, before, rows, None if text is None else text.origin)
+def score_models(
+    model: Open,
+    baseline: Open | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    cache: Callable[[], Cache] | None = None,
+    told: Callable[[str, float], None] = lambda which, seconds: None,
+) -> EvalOutcome:
+    """Score a baseline and a model on the same items: :func:`score_all` for one model, named ``compressed``."""
+    (outcome,) = score_all({"compressed": model}, baseline, tokenizer, prepared, cache, told)
+    return outcome
+
+
+def score_all(
+    models: Mapping[str, Open],
+    baseline: Open | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    cache: Callable[[], Cache] | None = None,
+    told: Callable[[str, float], None] = lambda which, seconds: None,
+) -> Iterator[EvalOutcome]:
+    """Score a baseline once, and models on the same items, one in memory at a time.
+
+    Args:
+        models: load the models, by name.
+        baseline: loads the baseline, if there is one.
+        tokenizer: of all of them.
+        prepared: tasks, settings and texts.
+        cache: makes the models' caches.
+        told: called when a model is scored, with its name or ``original``, and seconds.
+
+    Yields:
+        Each model's outcome as soon as it is there, in their order.
+
+    Raises:
+        InputError: a task that doesn't fit a model; a baseline that can't be compared.
+    """
+
+    def measure(which: str, load: Open, cache: Callable[[], Cache] | None) -> Scores:
+        started = time.perf_counter()
+        scores = score(load(), tokenizer, prepared.tasks, prepared.settings, material, cache)
+        release()
+        told(which, time.perf_counter() - started)
+        return scores
+
+    with TemporaryDirectory(prefix="compress-") as folder:
+        reference = Reference(Path(folder)) if DIVERGENCE in prepared.tasks else None
+        material = replace(prepared.material, reference=reference)
+        # The baseline comes first, because divergence looks back to it.
+        before = None if baseline is None else measure("original", baseline, None)
+        for name, load in models.items():
+            after = measure(name, load, cache)
+            rows = [] if before is None else compare(before, after)
+            yield EvalOutcome(after, before, rows, prepared.text, prepared.haystack)
+
+
+def eval_section(settings: dict[str, Any], outcome: EvalOutcome) -> dict[str, Any]:
+    """The section ``eval`` of ``report.json``.
+
+    Args:
+        settings: the recipe's section, as JSON types.
+        outcome: with a baseline.
+    """
+    assert outcome.baseline is not None
+    return {
+        "settings": settings,
+        "text": outcome.text,
+        "note": outcome.note(),
+        "table": markdown_table(outcome.rows),
+        "before": outcome.baseline.to_json(),
+        "after": outcome.scores.to_json(),
+        **outcome.findings(),
+    }
+
+
+def load_to(found: Unloaded, device: torch.device) -> PreTrainedModel:
+    """Load a model for scoring, in float32."""
+    return found.load(torch.float32).to(device)
+
+
+def _baseline(name: str, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> Unloaded:
+    """The baseline, not loaded.
+
+    Raises:
+        InputError: no such model, or one with another tokenizer.
+    """
+    try:
+        found = find(name, trust_remote_code=options.trust_remote_code)
+    except InputError as error:
+        raise error.under("--baseline") from error
+    if tokenizer_fingerprint(found.tokenizer) != tokenizer_fingerprint(tokenizer):
+        problem = "has another tokenizer than the model, so that their figures can't be compared"
+        raise InputError("--baseline", name, problem, fix="name the model that was compressed")
+    return found

@@ -58,10 +58,11 @@ class _TruncatedError(Exception):
 
 
 class _Cursor:
-    """Reads values one after another and never beyond the end."""
+    """Reads values one after another and never beyond the end; arrays of strings only if ``strings`` is set."""
 
-    def __init__(self, buffer: mmap.mmap) -> None:
+    def __init__(self, buffer: mmap.mmap, strings: bool = False) -> None:
         self.buffer = buffer
+        self.strings = strings
         self.at = 0
 
     def skip(self, count: int) -> int:
@@ -92,6 +93,8 @@ class _Cursor:
             return list(struct.unpack_from(f"<{count}{_SCALARS[item][1]}", self.buffer, start))
         if item != GGUFValueType.STRING:
             raise ValueError(f"an array of {item.name}")
+        if self.strings:
+            return [self.string() for _ in range(count)]
         for _ in range(count):
             self.skip(self.scalar("<Q"))
         return count
@@ -134,6 +137,20 @@ def read_header(path: Path, source: str) -> GgufHeader:
         size = len(buffer)
     _check(header, size, path, source)
     return header
+
+
+def read_strings(path: Path, prefix: str) -> dict[str, Any]:
+    """All metadata whose key begins with ``prefix``, arrays of strings included, of a file whose header was read."""
+    with _mapped(path, str(path)) as buffer:
+        cursor = _Cursor(buffer, strings=True)
+        cursor.skip(16)
+        metadata = {}
+        for _ in range(cursor.scalar("<Q")):
+            key = cursor.string()
+            value = cursor.value(GGUFValueType(cursor.scalar("<I")))
+            if key.startswith(prefix):
+                metadata[key] = value
+    return metadata
 
 
 def _parse(cursor: _Cursor) -> GgufHeader:

@@ -162,6 +162,18 @@ def _transformers_name(name: str) -> str | None:
     return f"{_MODEL_NAMES[module]}.{kind}" if module in _MODEL_NAMES else None
 
 
+def gguf_name(name: str) -> str:
+    """The name in a GGUF file of a tensor that transformers calls ``name``."""
+    module, _, kind = name.rpartition(".")
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
+        return f"blk.{match[1]}.{_inverse(_LAYER_NAMES)[match[2]]}.{kind}"
+    return f"{_inverse(_MODEL_NAMES)[module]}.{kind}"
+
+
+def _inverse(names: dict[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in names.items()}
+
+
 def _dequantized(path: Path, tensor: GgufTensor) -> np.ndarray:
     """A tensor in float32, dequantised a few rows at a time; the file isn't mapped, so no page of it stays."""
     rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))

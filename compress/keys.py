@@ -54,7 +54,8 @@ def _in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
     if origin is Literal:
         return ", ".join(str(value) for value in parts)
     if origin is tuple:
-        return f"a list of {_in_words(parts[0])}" if _literals(annotation) else "a list of names"
+        items = "names" if parts[0] is str else _in_words(parts[0]).replace("an integer", "integers")
+        return f"a list of {items}"
     if annotation is type(None):
         return "null"
     if annotation is bool:

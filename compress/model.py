@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
@@ -21,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from yaml import YAMLError
 
 from compress.calibrate.errors import InputError
 from compress.checkpoint import Checkpoint, SafetensorsCheckpoint, check_tensors, read_json
@@ -218,18 +216,6 @@ class ModelView:
         """Hub id, folder name, or the name in the GGUF file."""
         return self.facts.name
 
-    def license(self) -> str | None:
-        """The licence that the model states: in its README's header or its GGUF metadata."""
-        if isinstance(self.checkpoint, GgufCheckpoint):
-            return self.checkpoint.header.metadata.get("general.license")
-        readme = self.path / "README.md"
-        if not readme.is_file():
-            return None
-        try:
-            return ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
-        except (YAMLError, ValueError, TypeError):  # a README is the author's, and need not be well-formed
-            return None
-
     def load_dense(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole model, uncompressed, as ``from_pretrained`` would give it, in eval mode and without gradients.
 
@@ -316,6 +302,12 @@ def open_model(source: str, trust_remote_code: bool = False) -> ModelView:
         facts = replace(facts, tied=False)
         facts.config.tie_word_embeddings = False
     return ModelView(facts, checkpoint, path, trust_remote_code)
+
+
+def view_of(config: PreTrainedConfig, checkpoint: Checkpoint, path: Path) -> ModelView:
+    """A model whose tensors another reader gives, as of a quantized one; InputError if the family isn't supported."""
+    facts = _facts(str(path), path.name, config, family_of(config.to_dict(), str(path)))
+    return ModelView(facts, checkpoint, path, trust_remote_code=False)
 
 
 def _hub_facts(repo: str, nbytes: int | None) -> ModelFacts:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 PERPLEXITY_WINDOW = 1024
 PERPLEXITY_WINDOWS = 24
+LENGTHS = (2048, 4096)
+DEPTHS = 5
 EVAL_BATCH_SIZE = 8
 
 
@@ -27,6 +29,8 @@ class RunOptions:
         seed: replaces ``calibration.seed``, from which every random choice of a run derives.
         trust_remote_code: let a model's own Python code run.
         dry_run: stop after the plan.
+        push: ``ORG/NAME`` on the Hub, where the finished artifact goes; account and name are checked first of all.
+        public: let everyone see what is pushed.
     """
 
     set: tuple[str, ...] = ()
@@ -38,6 +42,8 @@ class RunOptions:
     seed: int | None = None
     trust_remote_code: bool = False
     dry_run: bool = False
+    push: str | None = None
+    public: bool = False
 
     def overrides(self) -> tuple[str, ...]:
         """Everything here that changes the recipe, as ``section.key=value``; what has its own option comes last."""
@@ -64,9 +70,16 @@ class EvalOptions:
         task_path: folder of lm-eval task files; data files are relative to the task file.
         limit: items a task; None takes all.
         num_fewshot: examples in a prompt; None is the task's own number.
-        window: tokens a perplexity window.
+        apply_chat_template: ask lm-eval's questions in the chat template.
+        window: tokens a window of perplexity and divergence.
         windows: how many windows; None takes the whole text.
-        text: source of the perplexity text, with the syntax of the recipe's ``eval.text``.
+        stride: tokens between the beginnings of two windows; None is no overlap.
+        text: source of the text of perplexity and divergence, with the syntax of the recipe's ``eval.text``.
+        lengths: tokens of a long-context prompt.
+        depths: places of the needle in it, evenly spread.
+        samples: long-context questions for each length and depth.
+        haystack: text around the needle, with the syntax of the recipe's ``eval.haystack``.
+        seed: of the long-context questions.
         batch_size: sequences a forward pass.
         device: as in :class:`RunOptions`.
         trust_remote_code: let a model's own Python code run.
@@ -76,9 +89,16 @@ class EvalOptions:
     task_path: Path | None = None
     limit: int | None = None
     num_fewshot: int | None = None
+    apply_chat_template: bool = False
     window: int = PERPLEXITY_WINDOW
     windows: int | None = PERPLEXITY_WINDOWS
+    stride: int | None = None
     text: str = "auto"
+    lengths: tuple[int, ...] = LENGTHS
+    depths: int = DEPTHS
+    samples: int = 1
+    haystack: str = "auto"
+    seed: int = 0
     batch_size: int = EVAL_BATCH_SIZE
     device: str = "auto"
     trust_remote_code: bool = False
@@ -102,4 +122,32 @@ class GenerateOptions:
     seed: int = 0
     chat: bool | None = None
     device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of ``compress bench``.
+
+    Attributes:
+        prompt_tokens: of the timed prompt; None is 512, or what the context leaves.
+        new_tokens: generated after it, from 2.
+        rounds: each times model, baseline, baseline, model.
+        lengths: tokens in the cache whose bytes are counted; None is 512 and 2048, as far as the context allows.
+        device: as in :class:`RunOptions`.
+        dtype: of the computation: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32 on a CPU, else bfloat16.
+        one_at_a_time: keep one model in memory and load it again for each turn; without it that is done where memory
+            is short.
+        seed: of the prompt.
+        trust_remote_code: let a model's own Python code run.
+    """
+
+    prompt_tokens: int | None = None
+    new_tokens: int = 32
+    rounds: int = 5
+    lengths: tuple[int, ...] | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    one_at_a_time: bool = False
+    seed: int = 0
     trust_remote_code: bool = False

@@ -16,28 +16,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from compress.artifact.card import model_card
+from compress.artifact.account import Destination
 from compress.artifact.check import check_reload
 from compress.artifact.export import read_report, write_artifact
+from compress.artifact.gguf_tokenizer import tokenizer_metadata
 from compress.calibrate.errors import InputError
 from compress.calibrate.selfgen import fast_dtype
 from compress.calibrate.source import AUTO, SELF, Model, Request, prepare
 from compress.calibrate.text import is_local
 from compress.calibrate.windows import CalibrationSet
-from compress.evalsuite.compare import compare, markdown_table
-from compress.evalsuite.score import Scores, score
-from compress.evalsuite.settings import EvalSettings
-from compress.evaluate import EvalText, check_data, eval_text, rows_json
 from compress.events import Event, Message, StageDone, StageStarted
 from compress.job import Job
 from compress.memory import release
 from compress.model import ModelView, open_model
 from compress.options import RunOptions
+from compress.origin import origin_of
 from compress.planning import Plan, active_stages, plan
 from compress.recipe import Recipe
-from compress.runtime import load
+from compress.scoring import prepare_scoring, score_run
 from compress.work import WorkFolder, differences, refuse_other_run, sweep, write_text
 
 __all__ = ["RunResult", "plan", "run"]
@@ -54,13 +50,15 @@ class RunResult:
         out: the artifact.
         report: the content of its ``report.json``.
         summary: at most twelve lines for a terminal.
-        ok: whether every quality gate of the recipe was passed.
+        ok: whether every quality gate of the recipe was passed, and the artifact is where it was to be pushed.
+        url: its repository on the Hub, if it was pushed.
     """
 
     out: Path
     report: dict[str, Any]
     summary: list[str]
     ok: bool = True
+    url: str | None = None
 
 
 def run(
@@ -95,23 +93,53 @@ def run(
         return RunResult(planned.out, planned.to_json(), planned.lines())
     for note in planned.notes():
         emit(Message(note))
-    if planned.recipe.eval is not None:
-        check_data(planned.recipe.eval.tasks, planned.recipe.eval.task_path)
     view = open_model(model, options.trust_remote_code)
+    if "gguf" in planned.recipe.export.formats:
+        tokenizer_metadata(view)  # refused now rather than at the end
     report = read_report(planned.out) if planned.out.exists() else None
     if report is not None:
         _check_finished(report, planned, view)
         emit(Message(f"{planned.out} is complete already; remove it to make it again"))
         sweep(planned.out)
-    else:
+    scoring = prepare_scoring(view, planned.recipe, report)
+    if report is None:
         report = _compress(planned, view, options.resume, emit)
-    unscored = planned.recipe.eval is not None and not _scored(report, planned.recipe)
-    if unscored:
-        report["eval"] = _evaluate(view, planned, emit)
-    if unscored or report["seconds"] is None:  # None: the first run, or one that was killed after publication
+    if scoring is not None:
+        report["eval"] = score_run(view, planned, scoring, emit)
+    if scoring is not None or report["seconds"] is None:  # None: the first run, or one killed after publication
         report["seconds"] = round((report["seconds"] or 0.0) + time.perf_counter() - started, 1)
         _write_report(planned.out, report)
-    return RunResult(planned.out, report, summary(planned.out, report))
+        from compress.report_page import rebuild_page  # matplotlib takes a second, which a plan shouldn't wait
+
+        rebuild_page(planned.out)
+    lines = summary(planned.out, report)
+    if planned.target is None:
+        return RunResult(planned.out, report, lines)
+    url, line = _push(planned.out, planned.target.destination, emit)
+    return RunResult(planned.out, report, [*lines[:-1], line], ok=url is not None, url=url)
+
+
+def _push(out: Path, destination: Destination, emit: Callable[[Event], None]) -> tuple[str | None, str]:
+    """Put the finished artifact on the Hub; a failure is told and not raised, for the artifact is complete.
+
+    Returns:
+        The repository's address, None if it failed, and a line for the summary.
+    """
+    from compress.artifact.hub import plan_push, send
+
+    emit(StageStarted("push"))
+    started = time.perf_counter()
+    try:
+        planned = plan_push(out, destination)
+        for line in planned.lines():
+            emit(Message(line))
+        pushed = send(planned)
+    except InputError as error:
+        emit(Message(f"not pushed: {error}", "warning"))
+        again = f"compress push {shlex.quote(str(out))} {destination.repo}{' --public' if destination.public else ''}"
+        return None, f"push     FAILED ({error.problem}); the artifact is complete: {again}"
+    emit(StageDone("push", time.perf_counter() - started))
+    return pushed.url, f"push     {pushed.url}: compress generate {destination.repo} --prompt 'Hello'"
 
 
 def _compress(planned: Plan, view: ModelView, resume: bool, emit: Callable[[Event], None]) -> dict[str, Any]:
@@ -168,11 +196,13 @@ def _make(job: Job) -> None:
     started = time.perf_counter()
     job.report["artifact"] = write_artifact(job, job.result)
     release()
-    job.report["reload_check"] = check = check_reload(job.folder.artifact, job.result, job.view.family)
+    job.report["reload_check"] = check = check_reload(
+        job.folder.artifact, job.result, job.view.family, job.recipe.export.formats
+    )
     job.emit(
         Message(
-            "reloaded with AutoModelForCausalLM.from_pretrained: every weight is what was computed, logits differ by "
-            f"{check['relative_difference']:.1e} of the largest"
+            f"reloaded {', '.join(check['formats'])}: every weight is what was computed, logits differ by "
+            f"{max(found['relative_difference'] for found in check['formats'].values()):.1e} of the largest"
         )
     )
     job.report["seconds"] = None
@@ -219,18 +249,16 @@ def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | 
     recipe = planned.recipe
     versions = {"compress": version("compress"), "python": platform.python_version()}
     versions |= {name: version(name) for name in LIBRARIES}
-    hub_id = view.name() if "/" in view.name() and not Path(view.source).exists() else None
     return {
         "schema": SCHEMA,
         "model": {
             "name": view.name(),
             "source": view.source,
-            "hub_id": hub_id,
             "family": view.family.name,
-            "license": view.license(),
             "layers": view.num_layers,
             "parameters": view.facts.num_params,
-        },
+        }
+        | origin_of(view).to_json(),
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.calibration.seed if recipe.calibration else 0,
         "command": shlex.join(["compress", *sys.argv[1:]])
@@ -265,60 +293,11 @@ def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
     }
 
 
-def _scored(report: dict[str, Any], recipe: Recipe) -> bool:
-    done = report.get("eval")
-    return done is not None and recipe.eval is not None and done["settings"] == recipe.eval.model_dump(mode="json")
-
-
-def _evaluate(view: ModelView, planned: Plan, emit: Callable[[Event], None]) -> dict[str, Any]:
-    """Score the artifact, then the dense model, one in memory at a time."""
-    section = planned.recipe.eval
-    assert section is not None
-    emit(StageStarted("eval"))
-    started = time.perf_counter()
-    text = eval_text(section.text, section.tasks)
-    settings = EvalSettings(
-        window=section.window,
-        windows=section.windows,
-        limit=section.limit,
-        task_path=section.task_path,
-        batch_size=section.batch_size,
-        num_fewshot=section.num_fewshot,
-        progress=sys.stderr.isatty(),
-    )
-    tokenizer = view.tokenizer()
-
-    def measure(model: PreTrainedModel, what: str) -> Scores:
-        begun = time.perf_counter()
-        found = score(model.to(planned.device), tokenizer, section.tasks, settings, text)
-        emit(Message(f"scored the {what} model in {time.perf_counter() - begun:.0f} s"))
-        return found
-
-    after = measure(load(planned.out, device=str(planned.device))[0], "compressed")
-    release()
-    before = measure(view.load_dense(), "original")
-    release()
-    rows = compare(before, after)
-    emit(StageDone("eval", time.perf_counter() - started))
-    return {
-        "settings": section.model_dump(mode="json"),
-        "text": None if text is None else text.origin,
-        "note": _note(text, section.window),
-        "table": markdown_table(rows),
-        "rows": rows_json(rows),
-        "before": before.to_json(),
-        "after": after.to_json(),
-    }
-
-
-def _note(text: EvalText | None, window: int) -> str:
-    return "" if text is None else f"Perplexity in windows of {window} tokens, on {text.origin}."
-
-
 def _write_report(folder: Path, report: dict[str, Any], name: str | None = None) -> None:
     write_text(folder / "report.json", json.dumps(report, indent=1, default=str) + "\n")
-    recipe = report["recipe"]
-    write_text(folder / "README.md", model_card(report, name or folder.name, recipe["description"]))
+    from compress.artifact.card import model_card  # brings in matplotlib, as the page does
+
+    write_text(folder / "README.md", model_card(report, name or folder.name))
 
 
 def summary(out: Path, report: dict[str, Any]) -> list[str]:
@@ -342,7 +321,7 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
         f"check    reloaded by transformers, logits within {report['reload_check']['relative_difference']:.1e}"
     )
     lines.append(f"time     {report['seconds']:.0f} s")
-    lines.append(f"report   {out / 'report.json'}")
+    lines.append(f"report   {out / 'report.html'}")
     lines.append(f"use      compress generate {shlex.quote(str(out))} --prompt 'Hello'")
     return lines
 

@@ -3,17 +3,21 @@
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress.artifact.account import Destination
 from compress.artifact.export import read_report
+from compress.artifact.preflight import check_export, export_notes
+from compress.artifact.target import Target, check_push
 from compress.calibrate.errors import InputError
 from compress.calibrate.source import Request, check_source
 from compress.device import pick_device
-from compress.evaluate import check_eval
+from compress.eval_inputs import check_eval
+from compress.evalsuite.sliding import context_of
 from compress.job import Estimate, Stage
 from compress.model import ModelFacts, open_config
 from compress.options import RunOptions
@@ -37,6 +41,7 @@ class Plan:
         device: where it would run.
         estimates: of every stage, by name.
         seconds: of the stages together, a guess from a short matrix product on this machine.
+        target: where the artifact is pushed at the end, if it is.
     """
 
     facts: ModelFacts
@@ -45,6 +50,7 @@ class Plan:
     device: torch.device
     estimates: dict[str, Estimate]
     seconds: float
+    target: Target | None = None
 
     @property
     def artifact_bytes(self) -> int:
@@ -74,17 +80,21 @@ class Plan:
             "seconds": round(self.seconds),
             "stages": {name: estimate.facts for name, estimate in self.estimates.items()},
             "notes": self.notes(),
+            "push": None if self.target is None else self.target.url,
             "recipe": self.recipe.model_dump(mode="json"),
         }
 
     @property
     def disk_bytes(self) -> int:
         """Disk space that the run needs while it works."""
-        return self.artifact_bytes + sum(estimate.scratch_bytes for estimate in self.estimates.values())
+        formats = self.recipe.export.formats
+        copies = len(formats) + ("gptq" in formats)  # its parts are converted before they are joined
+        return copies * self.artifact_bytes + sum(estimate.scratch_bytes for estimate in self.estimates.values())
 
     def notes(self) -> list[str]:
         """What was chosen automatically and why, and what to be warned of."""
         lines = [line for estimate in self.estimates.values() for line in estimate.lines]
+        lines += export_notes(self.facts, self.recipe)
         return lines + [f"warning: {warning}" for warning in self.recipe.warnings()]
 
     def lines(self) -> list[str]:
@@ -112,6 +122,8 @@ class Plan:
             f"needs      about {self.memory_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.2f} GB of disk, "
             f"{_duration(self.seconds)} on {self.device} without calibration text and scoring",
         ]
+        if self.target is not None:
+            lines.append(f"push       {self.target}")
         return lines
 
 
@@ -130,22 +142,20 @@ def plan(
     stages = active_stages(resolved)
     for stage in stages:
         stage.preflight(facts, resolved)
+    check_export(facts, resolved)
     if (calibration := resolved.calibration) is not None:
         check_source(Request(calibration.source, calibration.column))
     if resolved.eval is not None:
-        check_eval(resolved.eval.tasks, resolved.eval.task_path, resolved.eval.text)
-        _check_window(facts, resolved.eval.window)
+        check_eval(resolved.eval, resolved.eval.tasks, context_of(facts.config))
     estimates = {stage.name: stage.estimate(facts, resolved) for stage in stages}
     seconds = sum(estimate.flops for estimate in estimates.values()) / (EFFICIENCY * _flops_per_second(device))
     planned = Plan(facts, resolved, (out or default_out(facts, resolved)).absolute(), device, estimates, seconds)
     check_out(planned)
-    return planned
-
-
-def _check_window(facts: ModelFacts, window: int) -> None:
-    context = getattr(facts.config, "max_position_embeddings", None)
-    if context and window > context:
-        raise InputError("eval.window", window, "is longer than the model's context", allowed=f"2 to {context}")
+    if options.push is None:
+        if options.public:
+            raise InputError("--public", None, "says who may see what is pushed, and there is no --push")
+        return planned
+    return replace(planned, target=check_push(Destination(options.push, options.public, option="--push"), resolved))
 
 
 def active_stages(recipe: Recipe) -> list[Stage]:

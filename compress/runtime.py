@@ -1,7 +1,9 @@
 """Loading what was made, or any other model, for use."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from compress.artifact.export import load_artifact
+from compress.artifact.export import load_artifact, read_report
+from compress.artifact.gguf import GGUF_FILE
 from compress.artifact.inspect import inspect
 from compress.calibrate.errors import InputError
 from compress.checkpoint import read_json
@@ -41,15 +44,44 @@ def load(
         InputError: no such model, or a damaged artifact.
     """
     place = pick_device(device)
+    found = find(model, trust_remote_code=trust_remote_code)
+    return found.load(dtype).to(place), found.tokenizer
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """A model that can be loaded, and what is known of it before.
+
+    Attributes:
+        context: the longest sequence that its config allows, or None.
+        tokenizer: its tokenizer.
+        load: loads it in the dtype given, on the CPU and in eval mode.
+    """
+
+    context: int | None
+    tokenizer: PreTrainedTokenizerBase
+    load: Callable[[torch.dtype], PreTrainedModel]
+
+
+def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
+    """Everything that comes before loading a model: it is found, fetched and checked.
+
+    Args:
+        model: as for :func:`load`.
+        trust_remote_code: as for :func:`load`.
+
+    Raises:
+        InputError: no such model, or a damaged artifact.
+    """
     folder = _compressed_folder(str(model))
     if folder is None:
         view = open_model(str(model), trust_remote_code)
-        return view.load_dense(dtype).to(place), view.tokenizer()
+        return Unloaded(getattr(view.config, "max_position_embeddings", None), view.tokenizer(), view.load_dense)
     found = inspect(folder)
-    if found.damaged:
-        raise InputError("--model", model, f"is damaged: {', '.join(found.damaged)} changed since it was written")
+    if damaged := [name for name in found.damaged if "/" not in name]:  # other formats, in folders, aren't loaded
+        raise InputError("--model", model, f"is damaged: {', '.join(damaged)} changed since it was written")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    return load_artifact(folder, dtype).to(place), tokenizer
+    return Unloaded(found.config.get("max_position_embeddings"), tokenizer, partial(load_artifact, folder))
 
 
 def _compressed_folder(model: str) -> Path | None:
@@ -59,7 +91,8 @@ def _compressed_folder(model: str) -> Path | None:
     folder = hub_config_folder(model, online) if found.kind == "hub" else found.path
     if folder is None or not (folder / "config.json").is_file():
         return None
-    if "quantization_config" not in read_json(folder / "config.json", model):
+    only_gguf = (folder / GGUF_FILE).is_file() and read_report(folder) is not None
+    if "quantization_config" not in read_json(folder / "config.json", model) and not only_gguf:
         return None
     return download(model, online) if found.kind == "hub" else folder
 

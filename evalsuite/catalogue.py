@@ -10,7 +10,26 @@ from compress.evalsuite.builtin_tasks import BuiltinTasks, find_builtin_tasks
 from compress.evalsuite.task_folder import TaskFile, check_data_files, read_task_file, read_task_folder
 
 PERPLEXITY = "perplexity"
-"""The one task that is ours and not lm-eval's."""
+DIVERGENCE = "divergence"
+LONG_CONTEXT = (
+    "passkey",
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+    "line_retrieval",
+)
+"""Questions about a long context; importing what asks them takes seconds."""
+
+OWN_TASKS = (PERPLEXITY, DIVERGENCE, *LONG_CONTEXT)
+"""The tasks that are ours; lm-eval's of the same name, which need the network, can't be asked for."""
 
 
 @dataclass
@@ -32,13 +51,28 @@ def validate_tasks(tasks: Sequence[str], task_path: str | None = None) -> None:
     """See that tasks can be run, before any model is loaded; takes well under a second.
 
     Args:
-        tasks: names of lm-eval tasks, groups or tags, or ``"perplexity"``.
+        tasks: names of lm-eval tasks, groups or tags, or of our own tasks.
         task_path: folder of lm-eval task files.
 
     Raises:
         InputError: ``task_path`` isn't a folder; a task doesn't exist; a local task's data file is missing or empty.
     """
     select_tasks(tasks, task_path)
+
+
+def text_tasks(tasks: Sequence[str]) -> list[str]:
+    """Those of the tasks that are measured on a plain text."""
+    return [name for name in tasks if name in (PERPLEXITY, DIVERGENCE)]
+
+
+def long_context_tasks(tasks: Sequence[str]) -> list[str]:
+    """Those of the tasks that ask about a long context."""
+    return [name for name in tasks if name in LONG_CONTEXT]
+
+
+def harness_tasks(tasks: Sequence[str]) -> list[str]:
+    """Those of the tasks that are lm-eval's, or of the user's folder."""
+    return [name for name in tasks if name not in OWN_TASKS]
 
 
 def select_tasks(tasks: Sequence[str], task_path: str | None = None) -> Selection:
@@ -79,17 +113,17 @@ class Catalogue:
         """The sentence "did you mean X?", for a name that doesn't exist; the user's own tasks come first."""
         # Of 14,000 names only those with the same first letter and about the same length: a tenth of the time.
         builtin = [other for other in self.builtin.names() if other[:1] == name[:1] and abs(len(other) - len(name)) < 5]
-        return did_you_mean(name, [PERPLEXITY, *self.local, *self.local_tags]) or did_you_mean(name, builtin)
+        return did_you_mean(name, [*OWN_TASKS, *self.local, *self.local_tags]) or did_you_mean(name, builtin)
 
     def select(self, tasks: Sequence[str]) -> Selection:
-        """The files that tasks and, for groups and tags, their members need; ``"perplexity"`` needs none.
+        """The files that tasks and, for groups and tags, their members need; our own tasks need none.
 
         Raises:
             InputError: a task, or a member of a group of the user's folder, doesn't exist.
         """
         selection = Selection()
-        for name in tasks:
-            if name != PERPLEXITY and not self._add(name, selection):
+        for name in harness_tasks(tasks):
+            if not self._add(name, selection):
                 raise InputError("eval.tasks", name, "no such task", fix=self.suggestion(name))
         return selection
 

@@ -15,17 +15,23 @@ from typing import Any
 from compress.calibrate.errors import InputError
 from compress.calibrate.hub import hub_problem
 from compress.evalsuite.catalogue import PERPLEXITY, Selection, select_tasks, validate_tasks
-from compress.evalsuite.quiet import quiet, seeded, single_process, weights_untouched
+from compress.evalsuite.head import CacheFactory
+from compress.evalsuite.items import TaskItems, task_items
+from compress.evalsuite.quiet import quiet, seeded, single_process, templates_kept, weights_untouched
 from compress.evalsuite.settings import EvalSettings
 from compress.evalsuite.task_folder import absolute_data_files
 
 _OFFLINE = "connect to the Hugging Face Hub, or give a task folder with local data (--task-path)"
 
-__all__ = ["evaluate_tasks", "load_tasks", "validate_tasks"]
+__all__ = ["evaluate_items", "evaluate_tasks", "load_tasks", "validate_tasks"]
 
 
 def evaluate_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], settings: EvalSettings | None = None
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    settings: EvalSettings | None = None,
+    cache: CacheFactory | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval tasks on a loaded model.
 
@@ -33,29 +39,50 @@ def evaluate_tasks(
         model: a transformers causal language model; neither its weights nor its mode are changed.
         tokenizer: its tokenizer; a copy is used.
         tasks: names of lm-eval tasks, groups or tags.
-        settings: limit, few-shot examples, batch size, task folder.
+        settings: limit, few-shot examples, chat template, batch size, task folder.
+        cache: makes the ``past_key_values`` of each question and each generated text; None for the model's own.
 
     Returns:
         lm-eval's ``EvalResults`` (results, groups, configs, versions, n-shot, higher_is_better, n-samples, config, …),
-        made of plain JSON types.
+        made of plain JSON types, without samples.
 
     Raises:
-        InputError: a task doesn't exist, or its data can't be had.
+        InputError: a task doesn't exist, its data can't be had, or it doesn't fit the model.
     """
+    return evaluate_items(model, tokenizer, tasks, settings, cache)[0]
+
+
+def evaluate_items(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    settings: EvalSettings | None = None,
+    cache: CacheFactory | None = None,
+) -> tuple[dict[str, Any], dict[str, TaskItems]]:
+    """Like ``evaluate_tasks``, and what each task found for each document, by name of the task."""
     settings = settings or EvalSettings()
+    if settings.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise InputError("eval.apply_chat_template", True, "the model has no chat template")
     loaded = load_tasks(tasks, settings)
     from compress.evalsuite.bridge import LoadedModel
     from lm_eval import evaluator
     from lm_eval.utils import handle_non_serializable
 
     started, streams = time.time(), (sys.stdout, sys.stderr)
-    with quiet(), seeded(), single_process(), weights_untouched(model):
-        lm = LoadedModel(model, copy.deepcopy(tokenizer), settings, streams)
+    with quiet(), seeded(), single_process(), templates_kept(), weights_untouched(model):
+        lm = LoadedModel(model, copy.deepcopy(tokenizer), settings, streams, cache)
         results = evaluator.evaluate(
-            lm, loaded, limit=settings.limit, bootstrap_iters=settings.bootstrap_iters, log_samples=False
+            lm,
+            loaded,
+            limit=settings.limit,
+            bootstrap_iters=settings.bootstrap_iters,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn,
         )
+    items = {name: task_items(samples) for name, samples in results.pop("samples").items()}
     results |= _provenance(model, lm, settings, started)
-    return json.loads(json.dumps(results, default=handle_non_serializable))
+    return json.loads(json.dumps(results, default=handle_non_serializable)), items
 
 
 def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
@@ -188,6 +215,9 @@ def _provenance(model: Any, lm: Any, settings: EvalSettings, started: float) -> 
             "device": str(model.device),
             "limit": settings.limit,
             "bootstrap_iters": settings.bootstrap_iters,
+            "system_instruction": settings.system_instruction,
+            "apply_chat_template": settings.apply_chat_template,
+            "fewshot_as_multiturn": settings.fewshot_as_multiturn,
         },
         "date": started,
         "transformers_version": version("transformers"),

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,19 @@ def single_process() -> Iterator[None]:
             del os.environ["DISABLE_MULTIPROC"]
         else:
             os.environ["DISABLE_MULTIPROC"] = before
+
+
+@contextmanager
+def templates_kept() -> Iterator[None]:
+    """lm-eval compiles a task's templates once, not anew for each document and field, which takes most of its time."""
+    from lm_eval import utils
+
+    environment: Any = utils.env
+    environment.from_string = cache(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string
 
 
 @contextmanager

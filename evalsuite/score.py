@@ -1,18 +1,25 @@
-"""One model, scored: perplexity on a text and lm-eval tasks, as a flat list of metrics with their standard errors."""
+"""One model, scored: perplexity, divergence, long-context tasks and lm-eval tasks, as one flat list of metrics."""
 
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from compress.calibrate.errors import InputError
-from compress.evalsuite.catalogue import PERPLEXITY
-from compress.evalsuite.harness import evaluate_tasks, validate_tasks
-from compress.evalsuite.perplexity import Perplexity, perplexity
-from compress.evalsuite.settings import EvalSettings as EvalSettings
+from compress.evalsuite.catalogue import DIVERGENCE, PERPLEXITY, harness_tasks, long_context_tasks, text_tasks
+from compress.evalsuite.divergence import Divergence, Reference
+from compress.evalsuite.harness import evaluate_items, validate_tasks
+from compress.evalsuite.head import CacheFactory
+from compress.evalsuite.items import TaskItems
+from compress.evalsuite.longcontext import LongContextSettings, check_long_context, long_context, results
+from compress.evalsuite.perplexity import perplexity_of
+from compress.evalsuite.scan import scan
+from compress.evalsuite.scores import Metric, Scores
+from compress.evalsuite.settings import EvalSettings
+from compress.evalsuite.sliding import check_windows, context_of, lay_out
 
 _PROBE = "The quick brown fox: 3.14 × naïve café\n\n\tdef f(x): return x  # 你好"
 
@@ -30,106 +37,85 @@ class Text(Protocol):
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One figure of one task.
+class Tokens:
+    """A text as tokens.
 
     Attributes:
-        task: task or group, ``"perplexity"`` for ours.
-        metric: lm-eval's name of the metric (with ``,filter`` where there is one), or ``perplexity@WINDOW``.
-        value: the figure.
-        stderr: its standard error, where there is one.
-        higher_is_better: which way is up; None where the task doesn't say.
-        n: questions answered; for perplexity, tokens predicted; None for a group.
+        name: what a report calls the text.
+        ids: ``[N]``.
     """
 
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool | None
-    n: int | None
+    name: str
+    ids: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Everything that one evaluation found, and what it takes to compare it with another.
+class Material:
+    """What models are scored on, beside lm-eval's tasks.
 
     Attributes:
-        metrics: one entry per task and metric, in the order in which the tasks were asked for.
-        settings: how it was measured.
-        tokenizer: fingerprint of the tokenizer, by its vocabulary and by what it makes of a short text.
-        perplexity: losses per window, if perplexity was asked for.
-        text: name of the perplexity text.
-        text_tokens: sha256 over the ids of the perplexity text's windows.
-        harness: lm-eval's own results, if any of its tasks were run.
+        text: for perplexity and divergence.
+        haystack: the text around the needles; None for RULER's repeated sentence.
+        reference: the dense model's side of the divergence; score the dense model first, with the same one.
     """
 
-    metrics: tuple[Metric, ...]
-    settings: EvalSettings
-    tokenizer: str
-    perplexity: Perplexity | None = None
-    text: str | None = None
-    text_tokens: str | None = None
-    harness: dict[str, Any] | None = None
+    text: Tokens | None = None
+    haystack: Text | None = None
+    reference: Reference | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON types; a figure that isn't finite becomes null, since JSON has no name for it."""
-        return finite(asdict(self))
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Scores":
-        """The inverse of ``to_json``; a null figure becomes NaN."""
-        nll = data["perplexity"]
-        return cls(
-            **data
-            | {
-                "metrics": tuple(Metric(**metric | {"value": _number(metric["value"])}) for metric in data["metrics"]),
-                "settings": EvalSettings(**data["settings"]),
-                "perplexity": nll
-                and Perplexity(
-                    **nll | {"value": _number(nll["value"]), "nll": tuple(_number(value) for value in nll["nll"])}
-                ),
-            }
-        )
+def tokenise(text: Text, tokenizer: Any) -> Tokens:
+    """A text as tokens: as a whole, and without special tokens."""
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return Tokens(text.name, torch.tensor(ids, dtype=torch.long))
 
 
 def score(
-    model: Any, tokenizer: Any, tasks: Sequence[str], settings: EvalSettings | None = None, text: Text | None = None
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    settings: EvalSettings | None = None,
+    material: Material | None = None,
+    cache: CacheFactory | None = None,
 ) -> Scores:
     """Score a loaded model.
 
     Args:
         model: a transformers causal language model, on any device; it is left as it was.
         tokenizer: its tokenizer.
-        tasks: names of lm-eval tasks, groups or tags; ``"perplexity"`` for perplexity on ``text``.
+        tasks: names of lm-eval tasks, groups or tags, of long-context tasks, ``"perplexity"`` and ``"divergence"``.
         settings: how to measure.
-        text: the text for perplexity, tokenised as a whole without special tokens.
+        material: texts, and the dense model that divergence looks back to.
+        cache: makes a fresh transformers ``Cache``, through which everything is scored and generated; None for the
+            model's own.
 
     Raises:
         InputError: a task doesn't exist or its data can't be had; perplexity without a text, or with one that is too
-            short; a window beyond the model's context.
+            short; divergence without a reference; a window or length beyond the model's context.
     """
-    settings = settings or EvalSettings()
+    settings, material = settings or EvalSettings(), material or Material()
     tasks = list(dict.fromkeys(tasks))
     validate_tasks(tasks, settings.task_path)
-    if PERPLEXITY in tasks and text is None:
-        raise InputError("eval.text", None, "the task perplexity needs a text")
-    scores = Scores((), settings, tokenizer_fingerprint(tokenizer))
-    metrics: dict[str, list[Metric]] = {}
-    if PERPLEXITY in tasks and text is not None:
-        ids = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-        found = perplexity(model, ids, settings.window, settings.windows)
-        used = ids[: len(found.nll) * settings.window]
-        digest = hashlib.sha256(used.numpy().tobytes()).hexdigest()
-        scores = replace(scores, perplexity=found, text=text.name, text_tokens=digest)
-        metrics[PERPLEXITY] = [Metric(PERPLEXITY, found.name, found.value, found.stderr, False, found.tokens)]
-    named = [name for name in tasks if name != PERPLEXITY]
+    on_text = text_tasks(tasks)
+    if on_text and material.text is None:
+        raise InputError("eval.text", None, f"the task {on_text[0]} needs a text")
+    if DIVERGENCE in tasks and material.reference is None:
+        raise InputError("eval.tasks", DIVERGENCE, "there is no dense model to compare with")
+    long, named = long_context_tasks(tasks), harness_tasks(tasks)
+    if long:
+        check_long_context(long, long_settings(settings), context_of(model.config))
+    found: list[_Found] = []
+    if on_text:
+        found.append(_on_text(model, on_text, settings, material, cache))
+    if long:
+        found.append(_long_context(model, tokenizer, long, settings, material.haystack, cache))
     if named:
-        results = evaluate_tasks(model, tokenizer, named, settings)
-        scores = replace(scores, harness=results)
-        metrics |= {name: list(_metrics(name, results)) for name in results["results"]}
+        found.append(_harness(model, tokenizer, named, settings, cache))
+    metrics = {name: part for metrics, _ in found for name, part in metrics.items()}
     order = sorted(metrics, key=lambda name: tasks.index(name) if name in tasks else len(tasks))
-    return replace(scores, metrics=tuple(metric for name in order for metric in metrics[name]))
+    facts = {name: value for _, facts in found for name, value in facts.items()}
+    flat = tuple(metric for name in order for metric in metrics[name])
+    return Scores(flat, settings, tokenizer_fingerprint(tokenizer), **facts)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -138,7 +124,81 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _metrics(task: str, results: dict[str, Any]) -> list[Metric]:
+def long_settings(settings: EvalSettings) -> LongContextSettings:
+    """The part of the settings that long-context tasks know."""
+    return LongContextSettings(settings.lengths, settings.depths, settings.samples, settings.seed)
+
+
+_Found = tuple[dict[str, list[Metric]], dict[str, Any]]
+"""Metrics by task, and further fields of ``Scores``."""
+
+
+def _on_text(
+    model: Any, tasks: Sequence[str], settings: EvalSettings, material: Material, cache: CacheFactory | None
+) -> _Found:
+    """Perplexity and divergence in one pass."""
+    assert material.text is not None
+    ids = material.text.ids
+    check_windows(settings.window, settings.stride, settings.windows, context_of(model.config))
+    cut = lay_out(ids.numel(), settings.window, settings.stride, settings.windows)
+    digest = hashlib.sha256(ids[: cut.length].numpy().tobytes()).hexdigest()
+    facts: dict[str, Any] = {"text": material.text.name, "text_tokens": digest}
+    metrics: dict[str, list[Metric]] = {}
+    if DIVERGENCE in tasks and material.reference is not None:
+        scores, kl = material.reference.score(model, ids, cut, cache)
+        facts["divergence"] = kl
+        metrics[DIVERGENCE] = [] if kl is None else _of_divergence(kl, cut.name)
+    else:
+        scores = scan(model, ids, cut, cache=cache)
+    if PERPLEXITY in tasks:
+        facts["perplexity"] = nll = perplexity_of(scores, cut)
+        figures = (nll.value, nll.stderr, False, nll.tokens)
+        metrics[PERPLEXITY] = [Metric(PERPLEXITY, nll.name, *figures, items=nll.nll, log=True, weights=nll.weights)]
+    return metrics, facts
+
+
+def _of_divergence(found: Divergence, windows: str) -> list[Metric]:
+    changed, kl = found.greedy.changed_answers, (found.mean_kl, found.kl_stderr, False, found.tokens)
+    return [
+        Metric(DIVERGENCE, f"kl@{windows}", *kl, items=found.kl, weights=found.weights),
+        Metric(DIVERGENCE, f"top1_agreement@{windows}", found.top1_agreement, None, True, found.tokens),
+        Metric(DIVERGENCE, f"changed_answers@{found.greedy.tokens}", changed, None, False, found.greedy.prompts),
+    ]
+
+
+def _long_context(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    settings: EvalSettings,
+    haystack: Text | None,
+    cache: CacheFactory | None,
+) -> _Found:
+    """Needles at every length and depth; a metric is the mean over the depths and samples of one length."""
+    text = None if haystack is None else haystack.text
+    cells = long_context(model, tokenizer, tasks, long_settings(settings), text, cache)
+    metrics: dict[str, list[Metric]] = {}
+    for found in results(cells):
+        figures = (f"string_match@{found.length}", found.score, found.stderr, True, len(found.scores), found.scores)
+        metrics.setdefault(found.task, []).append(Metric(found.task, *figures))
+    facts = {
+        "long_context": tuple(replace(cell, answers=()) for cell in cells),
+        "haystack": None if text is None else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+    }
+    return metrics, facts
+
+
+def _harness(
+    model: Any, tokenizer: Any, tasks: Sequence[str], settings: EvalSettings, cache: CacheFactory | None
+) -> _Found:
+    """lm-eval's tasks."""
+    results, items = evaluate_items(model, tokenizer, tasks, settings, cache)
+    documents = {name: hashlib.sha256("".join(found.documents).encode()).hexdigest() for name, found in items.items()}
+    metrics = {name: _of_task(name, results, items) for name in results["results"]}
+    return metrics, {"harness": results, "documents": documents}
+
+
+def _of_task(task: str, results: dict[str, Any], items: dict[str, TaskItems]) -> list[Metric]:
     """The metrics in one entry of lm-eval's results, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
     entry = results["results"][task]
     directions = results["higher_is_better"].get(task, {})
@@ -149,6 +209,7 @@ def _metrics(task: str, results: dict[str, Any]) -> list[Metric]:
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = entry.get(f"{metric}_stderr,{filter_name}")
+        values, log = _behind(float(value), _items_of(task, key, results, items))
         found.append(
             Metric(
                 task=task,
@@ -157,19 +218,28 @@ def _metrics(task: str, results: dict[str, Any]) -> list[Metric]:
                 stderr=float(stderr) if isinstance(stderr, int | float) else None,
                 higher_is_better=directions.get(metric),
                 n=count,
+                items=values,
+                log=log,
             )
         )
     return found
 
 
-def finite(value: Any) -> Any:
-    """Nested lists and mappings with null in the place of every float that isn't finite; tuples become lists."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _items_of(task: str, key: str, results: dict[str, Any], items: dict[str, TaskItems]) -> tuple[float, ...]:
+    """One number a document; of a group, those of all its tasks."""
+    if task in items:
+        return items[task].values.get(key, ())
+    members = results.get("group_subtasks", {}).get(task, ())
+    return tuple(value for member in members for value in _items_of(member, key, results, items))
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _behind(figure: float, items: tuple[float, ...]) -> tuple[tuple[float, ...] | None, bool]:
+    """The items if the figure is their mean, or the log-likelihoods that it is the perplexity of, negated."""
+    if not items:
+        return None, False
+    mean = math.fsum(items) / len(items)
+    if math.isclose(mean, figure, rel_tol=1e-6, abs_tol=1e-12):
+        return items, False
+    if figure > 0 and math.isclose(-mean, math.log(figure), rel_tol=1e-6):
+        return tuple(-item for item in items), True
+    return None, False

@@ -8,19 +8,28 @@ class EvalSettings:
     """Settings of one evaluation; the same names as in the recipe's section ``eval``.
 
     Attributes:
-        window: tokens per perplexity window.
-        windows: number of perplexity windows from the start of the text; None for all.
+        window: tokens per window of perplexity and divergence.
+        windows: number of windows from the start of the text; None for all.
+        stride: tokens between the beginnings of two windows; None for windows without overlap.
         limit: number of questions per lm-eval task; None for all.
         task_path: folder of lm-eval task files, in addition to the built-in ones.
-        batch_size: sequences per forward pass in lm-eval tasks; it changes speed, not results.
+        batch_size: questions or prompts per forward pass in lm-eval tasks; it changes speed, not results.
         num_fewshot: examples before each question; None for each task's own number.
         max_length: longest sequence in tokens for lm-eval tasks; None for the model's context.
         bootstrap_iters: resamples for standard errors without a closed form; 0 leaves out all standard errors.
         progress: show lm-eval's progress bars on stderr.
+        apply_chat_template: show lm-eval's questions as a user's turn in the tokenizer's chat template.
+        system_instruction: what the system says before each question; without a chat template, text before it.
+        fewshot_as_multiturn: in a chat template, each example is a turn of its own.
+        lengths: tokens of the long-context tasks' prompts.
+        depths: places of the needle, evenly spread from the beginning to the end of the haystack.
+        samples: long-context questions for each length and depth.
+        seed: of the long-context tasks.
     """
 
     window: int = 1024
     windows: int | None = 24
+    stride: int | None = None
     limit: int | None = None
     task_path: str | None = None
     batch_size: int = 8
@@ -28,3 +37,10 @@ class EvalSettings:
     max_length: int | None = None
     bootstrap_iters: int = 200
     progress: bool = False
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+    lengths: tuple[int, ...] = (2048, 4096)
+    depths: int = 5
+    samples: int = 1
+    seed: int = 0

@@ -105,9 +105,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model of one of ``CONFIGS``, whose logits depend on every one of its parameters."""
-    settings = {**_COMMON, **CONFIGS[name]}
+def build_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model of one of ``CONFIGS``, whose logits depend on every one of its parameters.
+
+    ``changes`` are further settings, or other values.
+    """
+    settings = {**_COMMON, **CONFIGS[name], **changes}
     config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -123,9 +126,9 @@ def build_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any) -> Path:
     """Save a tiny model and its tokenizer in ``folder``; ``shard`` is the largest size of a file."""
-    build_model(name).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    build_model(name, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
     build_tokenizer().save_pretrained(folder)
     return folder
 

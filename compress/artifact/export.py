@@ -1,4 +1,4 @@
-"""From finished parts to a folder that ``from_pretrained`` loads."""
+"""From finished parts to a folder of every format: the first is the artifact itself, each other one a folder in it."""
 
 import copy
 import hashlib
@@ -13,57 +13,110 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress.artifact.compressed_tensors import quantization_config
+from compress.artifact.gguf import GGUF_FILE, write_gguf
+from compress.artifact.gptq import open_gptq, write_gptq
 from compress.artifact.shards import join
 from compress.job import Job, Result
-from compress.model import ModelView
+from compress.model import ModelView, open_model
+from compress.origin import legal_files
 
 
 def write_artifact(job: Job, result: Result) -> dict[str, Any]:
     """Write the artifact's folder inside the work folder; ``report.json`` and the model card come later.
 
     Returns:
-        The report's section ``artifact``: bytes, bits a weight, files with their sha256.
+        The report's section ``artifact``: bytes, bits a weight, formats, files with their sha256.
     """
     folder = job.folder.artifact
     if folder.exists():  # an attempt that was killed; its report would be taken for a part of this one
         shutil.rmtree(folder)
     folder.mkdir()
-    view = job.view
-    weights = join(result.parts, folder, job.recipe.export.shard_size_mb * 1_000_000)
-    config = artifact_config(view, result)
-    config.save_pretrained(folder)
-    view.generation_config().save_pretrained(folder)
-    view.tokenizer().save_pretrained(folder)
+    params = job.view.facts.num_params
+    formats = {}
+    for name, place in format_folders(folder, job.recipe.export.formats).items():
+        place.mkdir(exist_ok=True)
+        _write_format(name, job, result, place)
+        formats[name] = _format_facts(place, folder, params)
     (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
-    nbytes = sum(size for name, size in weights.items() if name.endswith(".safetensors"))
-    params = view.facts.num_params
+    for path in legal_files(job.view):
+        shutil.copyfile(path, folder / path.name)
+    first = job.recipe.export.formats[0]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        "format": "compressed-tensors",
-        "weight_bytes": nbytes,
-        "bits_per_weight": round(nbytes * 8 / params, 4),
+        "format": first,
+        "weight_bytes": formats[first]["weight_bytes"],
+        "bits_per_weight": formats[first]["bits_per_weight"],
         "parameters": params,
-        "source_bytes": view.facts.checkpoint_bytes,
+        "source_bytes": job.view.facts.checkpoint_bytes,
         "bytes_16bit": params * 2,
+        "formats": formats,
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in files
         },
     }
 
 
-def artifact_config(view: ModelView, result: Result) -> Any:
-    """The model's config with the quantization block; its architecture stays what it was."""
+def format_folders(folder: Path, formats: tuple[str, ...]) -> dict[str, Path]:
+    """Where each format of an artifact lies."""
+    return {name: folder / name if index else folder for index, name in enumerate(formats)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold weights."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+
+
+def _write_format(name: str, job: Job, result: Result, place: Path) -> None:
+    block = None
+    if name == "compressed-tensors":
+        join(result.parts, place, job.recipe.export.shard_size_mb * 1_000_000)
+        if result.schemes:
+            ignore = [] if job.view.family.head in result.schemes else [job.view.family.head]
+            block = quantization_config(result.schemes, ignore)
+    elif name == "gptq":
+        block = write_gptq(job, result, place)
+    else:
+        write_gguf(job, result, place / GGUF_FILE)
+        if place != job.folder.artifact:  # such a file needs no other beside it
+            return
+    artifact_config(job.view, result, block).save_pretrained(place)
+    job.view.generation_config().save_pretrained(place)
+    job.view.tokenizer().save_pretrained(place)
+
+
+def _format_facts(place: Path, folder: Path, params: int) -> dict[str, Any]:
+    nbytes = sum(path.stat().st_size for path in weight_files(place))
+    return {
+        "path": place.relative_to(folder).as_posix(),
+        "weight_bytes": nbytes,
+        "bits_per_weight": round(nbytes * 8 / params, 4),
+        "files": sorted(path.relative_to(folder).as_posix() for path in place.iterdir() if path.is_file()),
+    }
+
+
+def artifact_config(view: ModelView, result: Result, block: dict[str, Any] | None) -> Any:
+    """The model's config with the block ``quantization_config``; its architecture stays what it was."""
     config = copy.deepcopy(view.config)
     config.tie_word_embeddings = view.tied and not result.untied
     config.dtype = result.dtype
     config.architectures = [view.family.architecture]
-    if result.schemes:
-        ignore = [] if view.family.head in result.schemes else [view.family.head]
-        config.quantization_config = quantization_config(result.schemes, ignore)
+    if block is not None:
+        config.quantization_config = block
     return config
 
 
 def load_artifact(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Plain ``from_pretrained`` in eval mode, without its progress bars."""
+    """The model of a folder in one of our formats, dense and in eval mode.
+
+    compressed-tensors is read by plain ``from_pretrained``, without its progress bars; GPTQ and GGUF by our own
+    readers, because those that transformers calls need further packages, or lose what is particular to a model.
+    """
+    if not list(folder.glob("*.safetensors")):
+        return open_model(str(folder / GGUF_FILE)).load_dense(dtype)
+    block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if block.get("quant_method") == "gptq":
+        return open_gptq(folder).load_dense(dtype)
     with redirect_stderr(io.StringIO()):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
         if hasattr(model, "ct_decompress_hook"):

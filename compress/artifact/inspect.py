@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact.compressed_tensors import schemes_of
-from compress.artifact.export import read_report, sha256
+from compress.artifact.export import read_report, sha256, weight_files
+from compress.artifact.gptq import gptq_scheme
 from compress.artifact.shards import tensor_header
 from compress.calibrate.errors import InputError
 
@@ -19,7 +20,7 @@ class Inspection:
         folder: where it is.
         report: its report, None for a model that we didn't write.
         config: its ``config.json``.
-        weight_bytes: size of its safetensors files.
+        weight_bytes: size of the files that hold its weights.
         tensors: number of tensors by dtype.
         damaged: files whose content isn't what the report says.
     """
@@ -48,10 +49,14 @@ class Inspection:
         lines = [f"{self.folder}: {self.config.get('model_type')}, weights {self.weight_bytes / 1e6:.1f} MB"]
         block = self.config.get("quantization_config") or {}
         lines += [f"  {scheme} on {', '.join(targets)}" for targets, scheme in schemes_of(block)]
+        if block.get("quant_method") == "gptq":
+            lines.append(f"  {gptq_scheme(block)} on the linear layers of the decoder")
         lines.append("  tensors: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.tensors.items())))
         if self.report is None:
             return [*lines, "  no report.json: not written by compress"]
         artifact, recipe = self.report["artifact"], self.report["recipe"]
+        for name, facts in artifact.get("formats", {}).items():
+            lines.append(f"  {name}: {facts['weight_bytes'] / 1e6:.1f} MB in {self.folder / facts['path']}")
         lines.append(f"  {artifact['bits_per_weight']:.2f} bits a weight over the whole file; recipe {recipe['name']}")
         modules = self.report.get("weights", {}).get("modules", [])
         known = sorted((m for m in modules if m["relative_error"] is not None), key=lambda m: -m["relative_error"])
@@ -82,7 +87,7 @@ def inspect(folder: Path) -> Inspection:
     report = read_report(folder)
     files = report["artifact"]["files"] if report else {}
     damaged = [name for name, facts in files.items() if not _intact(folder / name, facts)]
-    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    nbytes = sum(path.stat().st_size for path in weight_files(folder))
     return Inspection(folder, report, config, nbytes, counts, damaged)
 
 

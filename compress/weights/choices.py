@@ -17,6 +17,7 @@ from compress.weights.layer import SHARES_BYTES, STACKS, width_of
 from compress.weights.rotation import describe, rotates_residual, unties
 
 AUTO_SIZES = (128, 64, 32, 16)
+FLOAT16_FORMATS = ("gptq", "gguf")  # whose scales are of that type
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -29,7 +30,9 @@ def group_size(facts: ModelFacts, settings: Weights) -> int:
 
 def storage_dtype(facts: ModelFacts, recipe: Recipe) -> torch.dtype:
     """The type of scales and unquantized tensors."""
-    return facts.dtype if recipe.export.dtype == "auto" else DTYPES[recipe.export.dtype]
+    if recipe.export.dtype != "auto":
+        return DTYPES[recipe.export.dtype]
+    return torch.float16 if set(recipe.export.formats) & set(FLOAT16_FORMATS) else facts.dtype
 
 
 def head_bits(facts: ModelFacts, settings: Weights) -> int:

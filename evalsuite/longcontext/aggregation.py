@@ -12,7 +12,7 @@ COMMON_COUNT, UNCOMMON_COUNT = 30, 3
 FEWEST_COMMON = 6
 CODED_WORDS = 50
 ASKED_CODED = 3
-LEAST_CODED = 200  # tokens of the text below which the words' counts begin to be equal
+LEAST_CODED = 200  # words of the text below which the counts of the first ones begin to be equal
 
 
 def variable_tracking(draw: Random) -> Question:
@@ -28,7 +28,7 @@ def variable_tracking(draw: Random) -> Question:
             lines.insert(round(place * count) + done, line)
         return f"{_track(example)}{_names(example)}\n\n{_track(lines, chain)}"
 
-    return Question(prompt, tuple(names), densest=3)
+    return Question(prompt, tuple(names))
 
 
 def _chain(draw: Random) -> tuple[list[str], list[str]]:
@@ -65,8 +65,8 @@ def common_words(draw: Random, length: int) -> Question:
 
     def prompt(count: int) -> str:
         again = Random(seed)
-        chosen = words(again, COMMON_WORDS + count)
-        text = chosen[:COMMON_WORDS] * repeats + chosen[COMMON_WORDS:] * UNCOMMON_COUNT
+        common, others = words(again, COMMON_WORDS, count)
+        text = common * repeats + others * UNCOMMON_COUNT
         again.shuffle(text)
         listed = " ".join(f"{index}. {word}" for index, word in enumerate(text, 1))
         return (
@@ -76,8 +76,8 @@ def common_words(draw: Random, length: int) -> Question:
             f"Answer: The {COMMON_WORDS} words that come most often are:"
         )
 
-    answers = words(Random(seed), COMMON_WORDS)
-    return Question(prompt, tuple(answers), densest=2 * UNCOMMON_COUNT)
+    answers, _ = words(Random(seed), COMMON_WORDS, 0)
+    return Question(prompt, tuple(answers))
 
 
 def frequent_words(draw: Random) -> Question:

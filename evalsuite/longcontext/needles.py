@@ -1,4 +1,7 @@
-"""Needles in a haystack: one or several facts in a long text, and a question about them."""
+"""Needles in a haystack: one or several facts in a long text, and a question about them.
+
+A haystack comes in as its words; one that is too short is repeated.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +21,11 @@ class Question:
         prompt: the text with so much filler (words, lines, ... as the task has it); more filler, more tokens.
         answers: what has to be found in the answer.
         least: filler without which the question makes no sense.
-        densest: tokens that a unit of filler takes at least; bounds the search for a size.
     """
 
     prompt: Callable[[int], str]
     answers: tuple[str, ...]
     least: int = 0
-    densest: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def passkey(draw: Random, depth: float) -> Question:
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
 
     def prompt(count: int) -> str:
-        text = _bury(_filler(NOISE, count), [(depth, needle)])
+        text = _bury(_filler(NOISE.split(), count), [(depth, needle)])
         return (
             "An important fact is hidden in a lot of irrelevant text. Find it and memorize it.\n\n"
             f"{text}\n\nWhat is the pass key? The pass key is"
@@ -77,27 +78,27 @@ def passkey(draw: Random, depth: float) -> Question:
     return Question(prompt, (key,))
 
 
-def single(draw: Random, depth: float, haystack: str, value: Draw = number, kind: str = "number") -> Question:
+def single(draw: Random, depth: float, haystack: Sequence[str], value: Draw = number, kind: str = "number") -> Question:
     """``niah_single``: one needle."""
     (key,) = pairs(draw, 1)
     return _in_text(Needles(kind, ((key, value(draw)),), (key,)), [depth], haystack)
 
 
-def multikey(draw: Random, depth: float, haystack: str) -> Question:
+def multikey(draw: Random, depth: float, haystack: Sequence[str]) -> Question:
     """``niah_multikey_1``: the needle asked for, at the depth, and three others."""
     keys = pairs(draw, 4)
     needles = Needles("number", tuple((key, number(draw)) for key in keys), (keys[0],))
     return _in_text(needles, [depth, *(draw.random() for _ in keys[1:])], haystack)
 
 
-def multivalue(draw: Random, haystack: str) -> Question:
+def multivalue(draw: Random, haystack: Sequence[str]) -> Question:
     """``niah_multivalue``: four values of one key."""
     (key,) = pairs(draw, 1)
     needles = Needles("number", tuple((key, number(draw)) for _ in range(4)), (key,))
     return _in_text(needles, [draw.random() for _ in range(4)], haystack)
 
 
-def multiquery(draw: Random, haystack: str) -> Question:
+def multiquery(draw: Random, haystack: Sequence[str]) -> Question:
     """``niah_multiquery``: four keys, all asked for."""
     keys = pairs(draw, 4)
     needles = Needles("number", tuple((key, number(draw)) for key in keys), tuple(keys))
@@ -122,7 +123,7 @@ def needles_only(draw: Random, depth: float, value: Draw = number, kind: str = "
         needles = Needles(kind, facts, (asked,))
         return needles.frame(" ".join(needles.lines()))
 
-    return Question(prompt, (secret,), densest=8)
+    return Question(prompt, (secret,))
 
 
 def line_retrieval(draw: Random, depth: float) -> Question:
@@ -140,17 +141,17 @@ def line_retrieval(draw: Random, depth: float) -> Question:
             f"What is the REGISTER_CONTENT of line {asked}? The REGISTER_CONTENT of line {asked} is <"
         )
 
-    return Question(prompt, (content,), densest=8)
+    return Question(prompt, (content,))
 
 
-def _in_text(needles: Needles, depths: Sequence[float], haystack: str) -> Question:
+def _in_text(needles: Needles, depths: Sequence[float], haystack: Sequence[str]) -> Question:
     places = list(zip(depths, needles.lines(), strict=True))
     return Question(lambda count: needles.frame(_bury(_filler(haystack, count), places)), needles.answers())
 
 
-def _filler(text: str, count: int) -> list[str]:
+def _filler(text: Sequence[str], count: int) -> list[str]:
     """So many words of a text, from its beginning, and again from there where it ends."""
-    return list(islice(cycle(text.split()), count))
+    return list(islice(cycle(text), count))
 
 
 def _bury(filler: list[str], needles: Sequence[tuple[float, str]]) -> str:

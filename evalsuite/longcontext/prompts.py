@@ -1,24 +1,18 @@
 """From a question that can be made longer to a prompt of the length asked for."""
 
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import platformdirs
 from compress.calibrate.errors import InputError
 from compress.evalsuite.longcontext import aggregation, needles
 from compress.evalsuite.longcontext.needles import Question
 from compress.evalsuite.longcontext.settings import LongContextSettings
 from compress.evalsuite.longcontext.vocabulary import NOISE, identifier
 
-VERSION = 1
-"""Of the generator: prompts of another version are made anew."""
+DENSEST = 4
+"""So many units of filler a token end the search for a size, whatever the tokenizer makes of them."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +36,12 @@ class Item:
     room: int
 
 
-Maker = Callable[[Random, float, str, int], Question]
+Maker = Callable[[Random, float, Sequence[str], int], Question]
+"""Makes a question: what to draw from, depth, words of the haystack, length in tokens."""
 
 PLACED: dict[str, Maker] = {
     "passkey": lambda draw, depth, _text, _length: needles.passkey(draw, depth),
-    "niah_single_1": lambda draw, depth, _text, _length: needles.single(draw, depth, NOISE),
+    "niah_single_1": lambda draw, depth, _text, _length: needles.single(draw, depth, NOISE.split()),
     "niah_single_2": lambda draw, depth, text, _length: needles.single(draw, depth, text),
     "niah_single_3": lambda draw, depth, text, _length: needles.single(draw, depth, text, identifier, "UUID"),
     "niah_multikey_1": lambda draw, depth, text, _length: needles.multikey(draw, depth, text),
@@ -66,23 +61,29 @@ SPREAD: dict[str, Maker] = {
 """Tasks whose answer is in several places."""
 
 
-def make_items(task: str, tokenizer: Any, settings: LongContextSettings, haystack: str | None) -> list[Item]:
+def make_items(
+    task: str, tokenizer: Any, settings: LongContextSettings, haystack: Sequence[str] | None = None
+) -> list[Item]:
     """Every question of one task: lengths x depths x samples, also where the task has no depth.
+
+    A prompt and its answer take at most ``length`` tokens, and one unit of filler more (a word; a needle in
+    ``niah_multikey_2`` and ``_3``; a line) would be too much.
 
     Args:
         task: its name.
         tokenizer: sizes the prompts.
         settings: the grid.
-        haystack: text around the needles; None, or a text without words, is RULER's repeated sentences.
+        haystack: words around the needles; None, or none, is RULER's repeated sentences.
 
     Raises:
         InputError: a length is too short for the task.
     """
-    text = haystack if haystack and haystack.strip() else NOISE
+    words = haystack or NOISE.split()
+    make = PLACED.get(task) or SPREAD[task]
     found = []
     for length in settings.lengths:
         drawn = [
-            (depth, (PLACED.get(task) or SPREAD[task])(_draw(settings, task, depth, sample), depth, text, length))
+            (depth, make(_draw(settings, task, depth, sample), depth, words, length))
             for depth in settings.places()
             for sample in range(settings.samples)
         ]
@@ -95,14 +96,23 @@ def make_items(task: str, tokenizer: Any, settings: LongContextSettings, haystac
     return found
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text as the model reads it, with the tokens that its tokenizer puts before a text but none that ends it."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def _draw(settings: LongContextSettings, task: str, depth: float, sample: int) -> Random:
     """The same keys and values at every length, so that only the length differs."""
     return Random(f"{settings.seed}/{task}/{depth:.6f}/{sample}")
 
 
 def _fit(question: Question, tokenizer: Any, length: int) -> str:
-    """The longest prompt that leaves room for its answer, found by bisection."""
-    low, high = question.least, max(question.least, length // question.densest) + 1
+    """The longest prompt that leaves room for its answer: steps that double, then bisection."""
+    low, step = question.least, 1
+    while step < DENSEST * length and _tokens(question, low + step, tokenizer) <= length:
+        low, step = low + step, 2 * step
+    high = low + step
     while high - low > 1:
         middle = (low + high) // 2
         if _tokens(question, middle, tokenizer) <= length:
@@ -114,74 +124,9 @@ def _fit(question: Question, tokenizer: Any, length: int) -> str:
 
 def _tokens(question: Question, filler: int, tokenizer: Any) -> int:
     """Of a prompt with so much filler, and its answer."""
-    return len(_ids(tokenizer, question.prompt(filler))) + _room(question, tokenizer)
+    return len(token_ids(tokenizer, question.prompt(filler))) + _room(question, tokenizer)
 
 
 def _room(question: Question, tokenizer: Any) -> int:
     """Tokens for an answer: a quarter more than the expected strings take, and a few for words around them."""
-    return len(_ids(tokenizer, ", ".join(question.answers))) * 5 // 4 + 8
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids
-
-
-def default_cache_dir() -> Path:
-    """Where prompts are kept unless told otherwise: the user's cache folder of this system."""
-    return Path(platformdirs.user_cache_dir("compress"), "long-context")
-
-
-def cached_items(
-    task: str,
-    tokenizer: Any,
-    settings: LongContextSettings,
-    haystack: str | None,
-    cache_dir: Path | None = None,
-) -> list[Item]:
-    """:func:`make_items`, kept on disk for a tokenizer, task, grid, seed and haystack.
-
-    A folder that can't be written to, or a damaged file, costs time, nothing else.
-    """
-    facts = {
-        "version": VERSION,
-        "task": task,
-        "settings": asdict(settings),
-        "haystack": hashlib.sha256((haystack or "").encode()).hexdigest(),
-        "vocabulary": tokenizer.get_vocab(),
-        "ids": _ids(tokenizer, NOISE),
-    }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    path = (cache_dir or default_cache_dir()) / f"{key}.json"
-    kept = _load(path)
-    if kept is None:
-        kept = make_items(task, tokenizer, settings, haystack)
-        _store(path, kept)
-    return kept
-
-
-def _load(path: Path) -> list[Item] | None:
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        text = json.dumps(kept["items"])
-        if hashlib.sha256(text.encode()).hexdigest() != kept["digest"]:
-            return None
-        return [Item(**item | {"answers": tuple(item["answers"])}) for item in kept["items"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _store(path: Path, items: list[Item]) -> None:
-    rows = [asdict(item) for item in items]
-    text = json.dumps({"digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest(), "items": rows})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
+    return len(token_ids(tokenizer, ", ".join(question.answers))) * 5 // 4 + 8

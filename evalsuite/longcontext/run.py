@@ -1,7 +1,5 @@
 """A model's answers to long prompts, decoded greedily with its cache at work, and their scores."""
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +7,11 @@ from typing import Any
 import torch
 from compress.calibrate.workers import Workers
 from compress.evalsuite.head import CacheFactory, evaluating
-from compress.evalsuite.longcontext.prompts import Item, cached_items
+from compress.evalsuite.longcontext.prompts import token_ids
 from compress.evalsuite.longcontext.settings import LongContextSettings, check_long_context
+from compress.evalsuite.longcontext.store import prepare
+from compress.evalsuite.sliding import context_of
+from compress.evalsuite.statistics import mean_and_error
 
 CHUNK = 4096
 """Tokens of a prompt that go through the model at once."""
@@ -82,7 +83,8 @@ def long_context(
         settings: the grid of prompts.
         haystack: text around the needles; None is RULER's repeated sentences. Tasks that have a haystack of their own
             don't use it.
-        cache: makes a fresh cache for a prompt; by default the model makes its own.
+        cache: makes a fresh cache for a prompt; by default the model makes its own. On a CPU it is called from several
+            threads.
 
     Returns:
         A cell for every task, length and depth, in this order.
@@ -90,17 +92,21 @@ def long_context(
     Raises:
         InputError: as :func:`check_long_context`; a length that is too short for a task.
     """
-    check_long_context(tasks, settings, getattr(model.config, "max_position_embeddings", None))
-    items = [item for task in tasks for item in cached_items(task, tokenizer, settings, haystack)]
-    # threads share a cache factory and, with it, whatever its author keeps in it: only plain models run side by side
-    side_by_side = model.device.type == "cpu" and cache is None
-    with evaluating(model), Workers(None if side_by_side else 1) as workers:
-        answers = list(workers.map(lambda item: _answer(model, tokenizer, item, cache), items))
+    tasks = list(dict.fromkeys(tasks))
+    check_long_context(tasks, settings, context_of(model.config))
+    items = prepare(tasks, tokenizer, settings, haystack)
+    ends = _ends(model, tokenizer)
+    # Threads only run the model: tokenizers of transformers aren't safe in several at once.
+    questions = ((token_ids(tokenizer, item.prompt), item.room) for item in items)
     cells: dict[tuple[str, int, float | None], list[Answer]] = {}
-    for item, answer in zip(items, answers, strict=True):
-        cells.setdefault((item.task, item.length, item.depth), []).append(answer)
+    with evaluating(model), Workers(None if model.device.type == "cpu" else 1) as workers:
+        said = workers.map(lambda question: _answer(model, *question, ends, cache), questions)
+        for item, tokens in zip(items, said, strict=True):
+            given = tokenizer.decode(tokens, skip_special_tokens=True)
+            answer = Answer(item.answers, given, string_match_all(given, item.answers))
+            cells.setdefault((item.task, item.length, item.depth), []).append(answer)
     return [
-        Cell(*key, statistics.fmean(answer.score for answer in found), len(found), tuple(found))
+        Cell(*key, mean_and_error([answer.score for answer in found])[0], len(found), tuple(found))
         for key, found in cells.items()
     ]
 
@@ -110,10 +116,7 @@ def results(cells: Sequence[Cell]) -> list[Result]:
     found: dict[tuple[str, int], list[float]] = {}
     for cell in cells:
         found.setdefault((cell.task, cell.length), []).extend(answer.score for answer in cell.answers)
-    return [
-        Result(task, length, statistics.fmean(scores), _stderr(scores), tuple(scores))
-        for (task, length), scores in found.items()
-    ]
+    return [Result(*key, *mean_and_error(scores), tuple(scores)) for key, scores in found.items()]
 
 
 def grid(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -129,30 +132,24 @@ def string_match_all(given: str, expected: Sequence[str]) -> float:
     return sum(part.lower() in given.lower() for part in expected) / len(expected)
 
 
-def _stderr(scores: Sequence[float]) -> float | None:
-    return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
-
-
-def _answer(model: Any, tokenizer: Any, item: Item, cache: CacheFactory | None) -> Answer:
+def _answer(model: Any, prompt: list[int], room: int, ends: set[int], cache: CacheFactory | None) -> list[int]:
     """The likeliest token, again and again, until the answer is long enough or the model ends it."""
-    ids = torch.tensor([tokenizer(item.prompt, verbose=False)["input_ids"]], device=model.device)
+    ids = torch.tensor([prompt], device=model.device)
     past = None if cache is None else cache()
     for part in ids.split(CHUNK, dim=1):
         found = model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = found.past_key_values
-    ends = _ends(model, tokenizer)
     said: list[int] = []
-    while len(said) < item.room:
+    while len(said) < room:
         likeliest = int(found.logits[0, -1].argmax())
         if likeliest in ends:
             break
         said.append(likeliest)
-        if len(said) < item.room:
+        if len(said) < room:
             fed = torch.tensor([[likeliest]], device=model.device)
             found = model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = found.past_key_values
-    given = tokenizer.decode(said, skip_special_tokens=True)
-    return Answer(item.answers, given, string_match_all(given, item.answers))
+    return said
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

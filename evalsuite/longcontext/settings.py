@@ -54,7 +54,9 @@ def check_long_context(tasks: Sequence[str], settings: LongContextSettings, cont
             )
     if not settings.lengths:
         raise InputError("eval.lengths", None, "names no length", fix="for instance 2048,4096")
-    for length in settings.lengths:
+    for place, length in enumerate(settings.lengths):
+        if length in settings.lengths[:place]:
+            raise InputError("eval.lengths", length, "is named twice")
         if length < 1:
             raise InputError("eval.lengths", length, "is not a number of tokens", allowed="1 or more")
         if context is not None and length > context:

@@ -5,7 +5,7 @@ GPTQ stores `qweight` [K*b/32, N], packed along the input, which is the transpos
 """
 
 import torch
-from compress.kernels.packing.reference import pack, packed_words
+from compress.kernels.packing.reference import pack, packed_words, unpack
 from torch import Tensor
 
 
@@ -41,3 +41,26 @@ def symmetric_zero_words(bits: int, columns: int, version: int) -> Tensor:
         raise ValueError(f"GPTQ needs whole words: {columns} outputs of {bits} bits aren't a multiple of 32 bits")
     stored = (1 << (bits - 1)) - (1 if version == 1 else 0)
     return pack(torch.full((1, columns), stored, dtype=torch.uint8), bits)[0]
+
+
+def to_gptq_zeros(zeros: Tensor, bits: int, rows: int, version: int) -> Tensor:
+    """`weight_zero_point` [N*b/32, G] int32, packed along the outputs, to `qzeros` [G, N*b/32] int32.
+
+    Args:
+        zeros: zero points as `pack_columns` packs them.
+        bits: 2, 3, 4 or 8.
+        rows: N, the number of outputs; N * bits must be a multiple of 32.
+        version: 1 or 2, see :func:`symmetric_zero_words`.
+
+    Raises:
+        ValueError: N doesn't fill whole words, or version 1 is asked to store a zero point 0, which it can't.
+    """
+    if 32 * packed_words(rows, bits) != rows * bits:
+        raise ValueError(f"GPTQ needs whole words: {rows} outputs of {bits} bits aren't a multiple of 32 bits")
+    words = zeros.T.contiguous()
+    if version == 2:
+        return words
+    points = unpack(words, bits, rows)
+    if not points.all():
+        raise ValueError("a zero point is 0, which a GPTQ checkpoint of version 1 can't store")
+    return pack(points - 1, bits)

@@ -48,7 +48,8 @@ def pipeline(stand_in):
     def run(model, recipe, *, out, options, on_event):
         on_event(StageStarted("weights", 2))
         on_event(LayerDone(0, 2, 1.5))
-        return SimpleNamespace(ok=True, out=out or Path("out/m-W3-g64"), summary=["done"], report={"ppl": 30.5})
+        out = out or Path("out/m-W3-g64")
+        return SimpleNamespace(ok=True, out=out, url=None, summary=["done"], report={"ppl": 30.5})
 
     return stand_in("compress.pipeline", run=run, plan=lambda *args: PLAN)
 
@@ -152,6 +153,7 @@ def test_run_hands_over_the_resolved_recipe_and_every_option(pipeline, tmp_path)
         "7",
     ]
     arguments += ["--device", "cuda:1", "--task-path", str(tmp_path), "--trust-remote-code"]
+    arguments += ["--push", "jane/m", "--public"]
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     (call,) = pipeline
@@ -172,6 +174,8 @@ def test_run_hands_over_the_resolved_recipe_and_every_option(pipeline, tmp_path)
         seed=7,
         trust_remote_code=True,
         dry_run=False,
+        push="jane/m",
+        public=True,
     )
 
 
@@ -190,11 +194,11 @@ def test_run_prints_the_result_on_stdout_and_progress_on_stderr(pipeline):
 
 def test_run_json_is_all_there_is_on_stdout(pipeline):
     result = invoke("run", "-m", "m", "-r", "rsq", "--json")
-    assert json.loads(result.stdout) == {"ok": True, "out": "out/m-W3-g64", "report": {"ppl": 30.5}}
+    assert json.loads(result.stdout) == {"ok": True, "out": "out/m-W3-g64", "url": None, "report": {"ppl": 30.5}}
 
 
 def test_run_that_misses_its_gate_exits_1_after_its_summary(stand_in):
-    failed = SimpleNamespace(ok=False, out=Path("o"), summary=["too bad"], report={})
+    failed = SimpleNamespace(ok=False, out=Path("o"), url=None, summary=["too bad"], report={})
     stand_in("compress.pipeline", run=lambda *args, **kwargs: failed, plan=lambda *args: PLAN)
     result = invoke("run", "-m", "m", "-r", "rsq")
     assert result.exit_code == 1
@@ -270,6 +274,8 @@ def test_eval_hands_over_every_option(stand_in, tmp_path):
     assert invoke("eval", "m").stdout == "| task |\n"
     arguments = ["--tasks", "perplexity,piqa", "--baseline", "b", "--limit", "9", "--window", "512", "--windows", "all"]
     arguments += ["--text", "pydoc", "--batch-size", "2", "--device", "cpu", "--task-path", str(tmp_path), "--json"]
+    arguments += ["--stride", "256", "--lengths", "512,1024", "--depths", "3", "--samples", "2", "--seed", "5"]
+    arguments += ["--haystack", "repeat", "--num-fewshot", "1", "--chat-template"]
     assert json.loads(invoke("eval", "m", *arguments).stdout) == {"piqa": 0.6}
     assert calls[0].args == ("m", ["perplexity"], EvalOptions())
     assert calls[1].args[1:] == (
@@ -283,13 +289,30 @@ def test_eval_hands_over_every_option(stand_in, tmp_path):
             text="pydoc",
             batch_size=2,
             device="cpu",
+            stride=256,
+            lengths=(512, 1024),
+            depths=3,
+            samples=2,
+            seed=5,
+            haystack="repeat",
+            num_fewshot=1,
+            apply_chat_template=True,
         ),
     )
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["m", "--tasks", "none"], ["m", "--limit", "0"], ["m", "--window", "1"], ["m", "--windows", "few"]],
+    [
+        [],
+        ["m", "--tasks", "none"],
+        ["m", "--limit", "0"],
+        ["m", "--window", "1"],
+        ["m", "--windows", "few"],
+        ["m", "--stride", "0"],
+        ["m", "--lengths", "512,x"],
+        ["m", "--depths", "0"],
+    ],
 )
 def test_bad_eval_options(stand_in, arguments):
     calls = stand_in("compress.evaluate", evaluate=lambda *args: None)

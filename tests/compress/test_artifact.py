@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
 from compress.calibrate.errors import InputError
 from compress.cli.main import main
@@ -18,7 +17,6 @@ from runs import quick, stored
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compress.artifact.card import model_card
 from compress.artifact.compressed_tensors import (
     FORMAT,
     Scheme,
@@ -195,31 +193,3 @@ def test_no_artifact(tmp_path: Path) -> None:
 def test_a_report_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     assert read_report(tmp_path) is None
-
-
-def test_the_card_of_a_hub_model(artifact: Path) -> None:
-    report = read_report(artifact)
-    assert report is not None
-    report["model"] |= {"name": "org/model", "hub_id": "org/model", "license": "mit"}
-    report["calibration"]["hub_dataset"] = "org/texts"
-    report["weights"]["degraded"] = ["model.layers.0.mlp.down_proj"]
-    card = model_card(report, "title: of a card", "what: it is")
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == "org/model"
-    assert front["base_model_relation"] == "quantized"
-    assert front["datasets"] in ("org/texts", ["org/texts"])
-    assert front["license"] == "mit"
-    assert {"3-bit", "8-bit"} <= set(front["tags"])
-    for words in ("https://huggingface.co/org/model", "Humming", "model.layers.0.mlp.down_proj", "rotated"):
-        assert words in card
-
-
-def test_the_card_without_stages_and_text(artifact: Path) -> None:
-    report = read_report(artifact)
-    assert report is not None
-    del report["weights"]
-    report["calibration"] = None
-    card = model_card(report, "t", "d")
-    assert "calibration: none" in card
-    assert "Humming" not in card
-    assert "rotated" not in card

@@ -1,5 +1,6 @@
 """Whole runs on tiny models: what they leave behind loads in plain transformers, and is what was computed."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from click.testing import CliRunner
 from compress.calibrate import importance
 from compress.cli.main import main
+from compress.evalsuite.compare import compare
+from compress.evalsuite.scores import Scores
 from models import CONFIGS
 from runs import Log, arguments, check, decoded, digest, distance, logits, options, quick, rebuilt, refused, stored
 from safetensors.torch import load_file, save_file
@@ -182,14 +185,22 @@ def test_the_model_card(tiny: Tiny, tmp_path: Path, text: Path) -> None:
 
 
 def test_scores_stand_in_report_summary_and_card(tiny: Tiny, tmp_path: Path, text: Path) -> None:
-    chosen = RunOptions(set=("weights.group_size=8",), eval_tasks=("perplexity",))
+    chosen = RunOptions(set=("weights.group_size=8",), eval_tasks=("perplexity", "divergence"))
     recipe = {"base": "rtn", "eval": {"text": str(text), "window": 32, "windows": 4}}
     result = run(str(tiny("llama")), recipe, out=tmp_path / "out", options=chosen)
-    (row,) = result.report["eval"]["rows"]
+    evaluation = result.report["eval"]
+    (row,) = evaluation["rows"]
     assert row["before"] < row["after"] < 2000
+    assert row["paired"]["n"] == 4
+    assert row["paired"]["improved"] + row["paired"]["worsened"] == 4
+    assert evaluation["divergence"]["mean_kl"] > 0
+    assert evaluation["divergence"]["tokens"] == 4 * 31
+    assert evaluation["long_context"] is None
+    after = Scores.from_json(json.loads((result.out / "report.json").read_text())["eval"]["after"])
+    assert compare(Scores.from_json(evaluation["before"]), after)[0].to_json() == row
     assert any("perplexity" in line for line in result.summary)
     card = (result.out / "README.md").read_text()
-    assert "## Quality, before and after" in card
+    assert "## Results" in card
     assert result.report["eval"]["table"] in card
     assert str(text) in result.report["eval"]["note"]
     check(result)

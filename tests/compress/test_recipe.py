@@ -179,6 +179,10 @@ def test_a_recipe_is_frozen():
         ("eval.tasks=piqa, arc_easy", ("piqa", "arc_easy")),
         ("eval.windows=null", None),
         (" eval.limit = 7", 7),
+        ("eval.stride=null", None),
+        ("eval.lengths=512,1024", (512, 1024)),
+        ("eval.lengths=[512, 1024]", (512, 1024)),
+        ("eval.lengths=512", (512,)),
         ("export.formats=compressed-tensors", ("compressed-tensors",)),
     ],
 )
@@ -239,6 +243,11 @@ def test_the_last_override_wins_and_null_removes_a_section():
         ("eval.tasks=[]", ["eval.tasks"]),
         ("eval.tasks=[3]", ["eval.tasks[0]=3"]),
         ("eval.windows=0", ["eval.windows=0", "an integer >= 1, null"]),
+        ("eval.stride=0", ["eval.stride=0", "an integer >= 1, null"]),
+        ("eval.lengths=512,many", ["eval.lengths", "many"]),
+        ("eval.lengths=[512, 0]", ["eval.lengths[1]=0", ">= 1"]),
+        ("eval.lengths=512,512", ["eval.lengths", "twice"]),
+        ("eval.depths=0", ["eval.depths=0"]),
     ],
 )
 def test_bad_override_is_refused_with_key_value_and_way_out(override, parts):

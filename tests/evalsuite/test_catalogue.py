@@ -4,7 +4,7 @@ import sys
 import pytest
 from compress.calibrate.errors import InputError
 from compress.evalsuite.builtin_tasks import find_builtin_tasks
-from compress.evalsuite.catalogue import Catalogue, validate_tasks
+from compress.evalsuite.catalogue import Catalogue, harness_tasks, long_context_tasks, text_tasks, validate_tasks
 from eval_builders import TASK
 
 
@@ -47,6 +47,16 @@ def test_local_tasks_need_no_search(task_folder, monkeypatch):
     validate_tasks(["sums", "perplexity"], str(task_folder))
 
 
+def test_our_own_tasks_need_no_files_and_win(monkeypatch):
+    monkeypatch.setattr("compress.evalsuite.catalogue.find_builtin_tasks", lambda: pytest.fail("searched"))
+    asked = ["niah_single_2", "divergence", "passkey", "perplexity"]
+    assert Catalogue(None).select(asked).builtin == {}
+    asked.insert(1, "piqa")
+    assert text_tasks(asked) == ["divergence", "perplexity"]
+    assert long_context_tasks(asked) == ["niah_single_2", "passkey"]
+    assert harness_tasks(asked) == ["piqa"]
+
+
 def test_validation_imports_nothing_heavy():
     import subprocess
 
@@ -59,7 +69,14 @@ def test_validation_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("sumz", "'sums'"), ("perplexty", "'perplexity'"), ("hellaswg", "'hellaswag'"), ("qqqqqqqqqqqqq", None)],
+    [
+        ("sumz", "'sums'"),
+        ("perplexty", "'perplexity'"),
+        ("diverence", "'divergence'"),
+        ("pass_key", "'passkey'"),
+        ("hellaswg", "'hellaswag'"),
+        ("qqqqqqqqqqqqq", None),
+    ],
 )
 def test_unknown_task_names_the_nearest(task_folder, name, hint):
     with pytest.raises(InputError) as caught:

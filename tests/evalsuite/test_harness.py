@@ -1,15 +1,20 @@
+import copy
 import json
 import logging
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from compress.calibrate.errors import InputError
-from compress.evalsuite.harness import evaluate_tasks, load_tasks
+from compress.evalsuite.harness import evaluate_items, evaluate_tasks, load_tasks
+from compress.evalsuite.items import TaskItems, task_items
 from compress.evalsuite.settings import EvalSettings
 from eval_builders import TASK, make_model
+from models import CHAT_TEMPLATE
+from transformers import DynamicCache
 
 
 @pytest.fixture
@@ -49,8 +54,6 @@ def test_local_task_from_anywhere(model, tokenizer, settings, task_folder):
 
 
 def test_limit_and_few_shot(model, tokenizer, settings, task_folder):
-    from dataclasses import replace
-
     (task_folder / "sums.yaml").write_text(TASK.format(name="sums") + "fewshot_split: validation\n")
     found = evaluate_tasks(model, tokenizer, ["sums"], replace(settings, limit=3, num_fewshot=2))
     assert found["n-samples"]["sums"]["effective"] == 3
@@ -93,6 +96,106 @@ def test_generation_and_rolling_likelihood(model, tokenizer, settings, task_fold
     assert found["results"]["read"]["bits_per_byte,none"] > 0
 
 
+def stock_samples(model, tokenizer, tasks, settings, **options):
+    """What lm-eval's own evaluation with its own model class logs."""
+    from compress.evalsuite.quiet import quiet, seeded
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = load_tasks(tasks, settings)
+    with quiet(), seeded():
+        theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=2)
+        return evaluator.evaluate(theirs, loaded, **options)["samples"]
+
+
+def test_every_document_by_itself(model, tokenizer, settings, task_folder):
+    (task_folder / "sums.yaml").write_text(
+        TASK.format(name="sums") + "filter_list:\n  - {name: one, filter: [{function: take_first}]}\n"
+        "  - {name: two, filter: [{function: take_first}]}\n"
+    )
+    results, items = evaluate_items(model, tokenizer, ["sums"], settings)
+    expected = stock_samples(model, tokenizer, ["sums"], settings)["sums"]
+    assert "samples" not in results
+    assert items["sums"].documents == tuple(sample["doc_hash"] for sample in expected[:6])
+    assert len(set(items["sums"].documents)) == 6
+    assert set(items["sums"].values) == {"acc,one", "acc,two"}
+    assert items["sums"].values["acc,two"] == tuple(sample["acc"] for sample in expected[6:])
+    mean = sum(items["sums"].values["acc,one"]) / 6
+    assert results["results"]["sums"]["acc,one"] == pytest.approx(mean)
+    limited = evaluate_items(model, tokenizer, ["sums"], replace(settings, limit=2))[1]
+    assert limited["sums"].documents == items["sums"].documents[:2]
+
+
+def test_metrics_that_are_not_a_number_a_document_are_left_out():
+    samples = [
+        {"doc_id": n, "doc_hash": str(n), "filter": "none", "metrics": ["acc", "f1"], "acc": n > 0, "f1": (n, 1)}
+        for n in range(2)
+    ]
+    assert task_items(samples) == TaskItems(("0", "1"), {"acc,none": (0.0, 1.0)})
+
+
+def test_chat_template(model, tokenizer, settings, task_folder, monkeypatch):
+    with pytest.raises(InputError, match=r"eval\.apply_chat_template=True: the model has no chat template"):
+        evaluate_tasks(model, tokenizer, ["sums"], replace(settings, apply_chat_template=True))
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT_TEMPLATE
+    (task_folder / "sums.yaml").write_text(TASK.format(name="sums") + "fewshot_split: validation\n")
+    from compress.evalsuite.bridge import LoadedModel
+
+    asked = []
+    real = LoadedModel.loglikelihood
+
+    def loglikelihood(self, requests, **kwargs):
+        asked.append([request.args for request in requests])
+        return real(self, requests, **kwargs)
+
+    monkeypatch.setattr(LoadedModel, "loglikelihood", loglikelihood)
+    for multiturn in (True, False):
+        chat = {
+            "apply_chat_template": True,
+            "system_instruction": "Be brief.",
+            "fewshot_as_multiturn": multiturn,
+        }
+        chosen = replace(settings, num_fewshot=1, **chat)
+        found = evaluate_tasks(model, chatty, ["sums"], chosen)
+        expected = stock_samples(model, chatty, ["sums"], chosen, **chat)["sums"]
+        assert asked[-1] == [arguments for sample in expected for arguments in sample["arguments"]]
+        assert asked[-1][0][0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion:")
+        assert found["results"]["sums"]["acc,none"] == pytest.approx(sum(sample["acc"] for sample in expected) / 6)
+        assert {key: found["config"][key] for key in chat} == chat
+    assert asked[0] != asked[1]
+
+
+def test_the_method_is_active_while_scoring_and_decoding(model, tokenizer, settings, task_folder):
+    (task_folder / "speak.yaml").write_text(
+        TASK.format(name="speak")
+        .replace("multiple_choice", "generate_until\ngeneration_kwargs: {until: ['.'], max_gen_toks: 4}")
+        .replace('doc_to_choice: "{{choices}}"\n', "")
+        .replace("metric: acc", "metric: exact_match")
+    )
+    made = []
+
+    def cache():
+        made.append(DynamicCache())
+        return made[-1]
+
+    with_cache = evaluate_items(model, tokenizer, ["sums", "speak"], settings, cache)
+    assert len(made) == 12  # six questions, six prompts
+    assert min(held.get_seq_length() for held in made) > 10
+    assert with_cache[1] == evaluate_items(model, tokenizer, ["sums", "speak"], settings)[1]
+
+
+def test_templates_are_compiled_once(model, tokenizer, settings, monkeypatch):
+    from lm_eval import utils
+
+    compiled = []
+    real = type(utils.env).compile
+    monkeypatch.setattr(type(utils.env), "compile", lambda *args, **kw: compiled.append(args[1]) or real(*args, **kw))
+    evaluate_tasks(model, tokenizer, ["sums"], settings)
+    assert compiled.count("Question: {{question}}\nAnswer:") <= 2  # once to look at the task, once to run it
+    assert "from_string" not in vars(utils.env)
+
+
 def test_bootstrap_runs_in_this_process_and_prints_nothing(model, tokenizer, settings, task_folder, capfd, monkeypatch):
     import multiprocessing
 
@@ -105,8 +208,6 @@ def test_bootstrap_runs_in_this_process_and_prints_nothing(model, tokenizer, set
 
 
 def test_progress_bars_are_drawn_on_request(model, tokenizer, settings, capfd):
-    from dataclasses import replace
-
     evaluate_tasks(model, tokenizer, ["sums"], replace(settings, progress=True))
     out, err = capfd.readouterr()
     assert out == ""

@@ -5,8 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compress.calibrate.errors import InputError
-from compress.evalsuite import perplexity as module
-from compress.evalsuite.perplexity import perplexity
+from compress.evalsuite import head
+from compress.evalsuite.perplexity import perplexity, perplexity_of
+from compress.evalsuite.scan import WindowScore
+from compress.evalsuite.sliding import Windows
+from transformers import DynamicCache
 
 WINDOW = 32
 
@@ -47,7 +50,7 @@ def test_a_single_window_has_no_standard_error(model, ids):
 def test_logits_are_made_in_chunks(model, ids, monkeypatch):
     tokens_at_once = []
     hook = model.lm_head.register_forward_hook(lambda m, i, out: tokens_at_once.append(out.shape[-2]))
-    monkeypatch.setattr(module, "LOGITS_BYTES", 10 * 2 * 4 * 258)
+    monkeypatch.setattr(head, "LOGITS_BYTES", 10 * 2 * 4 * 258)
     try:
         found = perplexity(model, ids, WINDOW, windows=3)
     finally:
@@ -85,7 +88,67 @@ def test_half_precision_and_the_mode_of_the_model(model, ids):
 
 
 def test_overflow_is_infinite_not_an_error():
-    assert module._summarise([800.0, 800.0], WINDOW).value == math.inf
+    scores = [WindowScore(800.0 * (WINDOW - 1))] * 2
+    assert perplexity_of(scores, Windows(WINDOW, None, 2)).value == math.inf
+
+
+# Sliding windows
+
+
+def token_losses(model, ids, window, stride):
+    """Negative log-likelihood of every token but the first, by the loop of Hugging Face's documentation."""
+    found = {}
+    end_before = 0
+    for begin in range(0, len(ids) - window + 1, stride):
+        piece = ids[begin : begin + window]
+        with torch.no_grad():
+            logprobs = model(piece[None]).logits[0].double().log_softmax(-1)
+        for place in range(max(end_before - begin, 1), window):
+            assert begin + place not in found
+            found[begin + place] = -float(logprobs[place - 1, piece[place]])
+        end_before = begin + window
+    return found
+
+
+@pytest.mark.parametrize("stride", [1, 8, 20, 31])
+def test_a_stride_equals_a_naive_loop(model, ids, stride):
+    found = perplexity(model, ids[: 3 * WINDOW], WINDOW, stride=stride)
+    expected = token_losses(model, ids[: 3 * WINDOW], WINDOW, stride)
+    assert found.name == f"perplexity@32/{stride}"
+    assert found.tokens == len(expected) == max(expected)  # every token but the first, once
+    assert math.log(found.value) == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
+    assert found.weights == (31, *[stride] * (len(found.nll) - 1)) or stride == 31
+    last = [expected[place] for place in sorted(expected)[-stride:]]
+    assert found.nll[-1] == pytest.approx(sum(last) / stride, rel=1e-5)
+
+
+def test_a_stride_of_a_window_is_no_overlap(model, ids):
+    assert perplexity(model, ids, WINDOW, stride=WINDOW) == perplexity(model, ids, WINDOW)
+
+
+def test_context_helps_or_at_least_changes(model, ids):
+    assert perplexity(model, ids, WINDOW, stride=8).value != perplexity(model, ids, WINDOW).value
+    assert len(perplexity(model, ids, WINDOW, 3, stride=8).nll) == 3
+
+
+def test_the_standard_error_with_a_stride_weighs_windows(model, ids):
+    found = perplexity(model, ids, WINDOW, stride=16)
+    loss = math.log(found.value)
+    total = sum((weight * (nll - loss)) ** 2 for weight, nll in zip(found.weights, found.nll, strict=True))
+    count = len(found.nll)
+    assert found.stderr == pytest.approx(found.value * math.sqrt(count / (count - 1) * total) / found.tokens)
+
+
+def test_every_window_goes_through_a_cache_of_its_own(model, ids):
+    made = []
+
+    def cache():
+        made.append(DynamicCache(config=model.config))
+        return made[-1]
+
+    found = perplexity(model, ids, WINDOW, windows=3, cache=cache)
+    assert [one.get_seq_length() for one in made] == [32, 32, 32]
+    assert found.nll == pytest.approx(perplexity(model, ids, WINDOW, windows=3).nll, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +157,16 @@ def test_overflow_is_infinite_not_an_error():
         (31, 32, None, "the text holds only 31 tokens; use a longer text or a window of at most 31"),
         (0, 32, None, "the text holds only 0 tokens"),
         (1000, 1, None, "eval.window=1: a window holds at least two tokens"),
-        (1000, 512, None, "longer than the model's context of 256 tokens"),
+        (1000, 512, None, "eval.window=512: is longer than the model's context; allowed: 2 to 256"),
         (1000, 32, 0, "eval.windows=0"),
     ],
 )
 def test_bad_windows_are_told(model, count, window, windows, message):
     with pytest.raises(InputError, match=message):
         perplexity(model, torch.zeros(count, dtype=torch.long), window, windows)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 33])
+def test_bad_strides_are_told(model, ids, stride):
+    with pytest.raises(InputError, match=rf"eval\.stride={stride}: .*; allowed: 1 to 32, the window"):
+        perplexity(model, ids, 32, stride=stride)

@@ -11,10 +11,15 @@ from compress.kernels.packing import (
     reference,
     symmetric_zero_words,
     to_gptq_words,
+    to_gptq_zeros,
+    to_q4_0,
+    to_q8_0,
     unpack,
     unpack_columns,
 )
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 COLUMNS = (1, 3, 8, 10, 11, 31, 32, 33, 64, 95, 96, 384)
 
@@ -175,3 +180,48 @@ def test_symmetric_zero_words_refusals():
         symmetric_zero_words(4, 32, 3)
     with pytest.raises(ValueError, match="whole words"):
         symmetric_zero_words(3, 40, 1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_zero_points(bits, version):
+    zeros = random_codes(32, 5, bits).clamp(min=1)
+    qzeros = to_gptq_zeros(pack_columns(zeros, bits), bits, 32, version)
+    assert qzeros.shape == (5, bits)
+    assert torch.equal(unpack(qzeros, bits, 32), zeros.T - (2 - version))
+    with pytest.raises(ValueError, match="whole words"):
+        to_gptq_zeros(pack_columns(zeros[:3], bits), bits, 3, version)
+
+
+def test_version_1_has_no_zero_point_0():
+    zeros = torch.ones(32, 2, dtype=torch.uint8)
+    zeros[3, 1] = 0
+    words = pack_columns(zeros, 4)
+    assert torch.equal(unpack(to_gptq_zeros(words, 4, 32, 2), 4, 32), zeros.T)
+    with pytest.raises(ValueError, match="a zero point is 0"):
+        to_gptq_zeros(words, 4, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "encode"),
+    [(4, GGMLQuantizationType.Q4_0, to_q4_0), (8, GGMLQuantizationType.Q8_0, to_q8_0)],
+)
+def test_gguf_blocks_are_read_exactly(bits, kind, encode):
+    codes = random_codes(7, 96, bits)
+    codes[0, :2] = torch.tensor([0, (1 << bits) - 1])  # the ends of the range
+    scale = torch.randn(7, 3, generator=torch.Generator().manual_seed(bits)).half()  # of either sign
+    blocks = encode(codes, scale)
+    assert blocks.shape == (7, 3 * GGML_QUANT_SIZES[kind][1])
+    expected = as_signed(codes, bits).float().view(7, 3, 32) * scale.float()[..., None]
+    assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), kind)), expected.view(7, 96))
+
+
+@pytest.mark.parametrize("encode", [to_q4_0, to_q8_0])
+def test_gguf_refusals(encode):
+    codes = random_codes(2, 64, 4)
+    with pytest.raises(ValueError, match="float16 scales"):
+        encode(codes, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="float16 scales"):
+        encode(codes, torch.ones(2, 4).half())
+    with pytest.raises(ValueError, match="aren't a multiple of 32"):
+        encode(codes[:, :40], torch.ones(2, 1).half())

@@ -2,21 +2,31 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from compress.calibrate.errors import InputError
 from compress.evalsuite import catalogue
-from compress.evalsuite.longcontext import TASKS, LongContextSettings, check_long_context, grid, long_context, results
-from compress.evalsuite.longcontext import prompts as prompt_files
-from compress.evalsuite.longcontext.prompts import Item, cached_items, make_items
+from compress.evalsuite.longcontext import (
+    TASKS,
+    LongContextSettings,
+    check_long_context,
+    grid,
+    long_context,
+    prepare,
+    results,
+    run,
+    store,
+)
+from compress.evalsuite.longcontext.prompts import PLACED, SPREAD, Item, make_items, token_ids
 from compress.evalsuite.longcontext.run import string_match_all
+from compress.evalsuite.longcontext.vocabulary import ADJECTIVES, NOISE, NOUNS
 from eval_builders import make_model, make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from reader import Reader, read
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ESSAY = "".join(f"Sentence {n} of an essay tells of {n * n} things. " for n in range(300))
+ESSAY_WORDS = ESSAY.split()
 SETTINGS = LongContextSettings(lengths=(1500,), depths=3)
 
 
@@ -29,13 +39,13 @@ def words() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    backend.train_from_iterator([ESSAY, prompt_files.NOISE], trainer)
+    backend.train_from_iterator([ESSAY, NOISE], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(prompt_files, "default_cache_dir", lambda: tmp_path / "prompts")
+    monkeypatch.setattr(store, "default_cache_dir", lambda: tmp_path / "prompts")
     return tmp_path / "prompts"
 
 
@@ -45,7 +55,7 @@ def size(tokenizer: PreTrainedTokenizerFast, item: Item) -> int:
 
 def test_the_names_are_those_of_the_catalogue_and_each_has_a_maker() -> None:
     assert TASKS == catalogue.LONG_CONTEXT
-    assert sorted(TASKS) == sorted([*prompt_files.PLACED, *prompt_files.SPREAD])
+    assert sorted(TASKS) == sorted([*PLACED, *SPREAD])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -53,44 +63,50 @@ def test_the_names_are_those_of_the_catalogue_and_each_has_a_maker() -> None:
 def test_prompts_fill_their_length_and_hold_the_answers(task: str, kind: str, words: PreTrainedTokenizerFast) -> None:
     tokenizer = words if kind == "words" else make_tokenizer()
     length = 4000 if kind == "bytes" else 2000
-    items = make_items(task, tokenizer, LongContextSettings(lengths=(length,), depths=2), ESSAY)
+    items = make_items(task, tokenizer, LongContextSettings(lengths=(length,), depths=2), ESSAY_WORDS)
     assert len(items) == 2
     for item in items:
-        assert 0.93 * length < size(tokenizer, item) <= length
+        # A needle of two UUIDs is itself 5 % of the shorter prompt.
+        assert (0.93 if task == "niah_multikey_3" else 0.98) * length < size(tokenizer, item) <= length
         assert all(answer in item.prompt for answer in item.answers)
         assert item.room >= len(tokenizer(", ".join(item.answers))["input_ids"])
 
 
-@pytest.mark.parametrize("task", sorted(prompt_files.PLACED))
+@pytest.mark.parametrize("task", sorted(PLACED))
 def test_the_needle_is_at_its_depth(task: str, words: PreTrainedTokenizerFast) -> None:
-    for item in make_items(task, words, LongContextSettings(lengths=(2500,), depths=5), ESSAY):
-        assert item.depth is not None
-        place = item.prompt.index(item.answers[0]) / len(item.prompt)
-        assert abs(place - item.depth) < 0.12
+    found = make_items(task, words, LongContextSettings(lengths=(2500,), depths=5), ESSAY_WORDS)
+    assert [item.depth for item in found] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    for item in found:
+        body = "\n\n".join(item.prompt.split("\n\n")[1:-1])
+        middle = body.index(item.answers[0]) + len(item.answers[0]) / 2
+        assert abs(middle / len(body) - item.depth) < 0.06
 
 
-@pytest.mark.parametrize("task", sorted(prompt_files.SPREAD))
+@pytest.mark.parametrize("task", sorted(SPREAD))
 def test_tasks_with_spread_answers_have_no_depth(task: str, words: PreTrainedTokenizerFast) -> None:
-    items = make_items(task, words, SETTINGS, ESSAY)
+    items = make_items(task, words, SETTINGS, ESSAY_WORDS)
     assert [item.depth for item in items] == [None] * 3
     assert len({item.prompt for item in items}) == 3
 
 
 def test_the_seed_decides_everything(words: PreTrainedTokenizerFast) -> None:
-    first = make_items("niah_multiquery", words, SETTINGS, ESSAY)
-    assert first == make_items("niah_multiquery", words, SETTINGS, ESSAY)
+    first = make_items("niah_multiquery", words, SETTINGS, ESSAY_WORDS)
+    assert first == make_items("niah_multiquery", words, SETTINGS, ESSAY_WORDS)
     other = LongContextSettings(lengths=(1500,), depths=3, seed=1)
     assert {item.answers for item in first}.isdisjoint(
-        item.answers for item in make_items("niah_multiquery", words, other, ESSAY)
+        item.answers for item in make_items("niah_multiquery", words, other, ESSAY_WORDS)
     )
 
 
 def test_the_haystack_is_the_text_given_or_else_the_repeated_sentences(words: PreTrainedTokenizerFast) -> None:
-    given, none = (make_items("niah_single_2", words, SETTINGS, text)[0].prompt for text in (ESSAY, None))
+    given, none, blank = (prepare(["niah_single_2"], words, SETTINGS, text)[0].prompt for text in (ESSAY, None, " \n"))
     assert "of an essay tells" in given
     assert "The grass is green." not in given
     assert "The grass is green." in none
-    assert make_items("niah_single_2", words, SETTINGS, " \n")[0].prompt == none
+    assert blank == none
+    short = prepare(["niah_single_2"], words, SETTINGS, "A short text. ")[0]
+    assert short.prompt.count("A short text.") > 100
+    assert size(words, short) > 0.98 * 1500
 
 
 def test_the_variables_of_a_chain_follow_one_another(words: PreTrainedTokenizerFast) -> None:
@@ -126,62 +142,129 @@ def test_a_length_that_is_too_short_is_refused_with_the_least_that_works(
     with pytest.raises(
         InputError, match=rf"eval\.lengths=20: is too short for {task}; allowed: (\d+) or more"
     ) as error:
-        make_items(task, words, LongContextSettings(lengths=(20,), depths=3), ESSAY)
+        make_items(task, words, LongContextSettings(lengths=(20,), depths=3), ESSAY_WORDS)
     least = int(re.findall(r"(\d+) or more", str(error.value))[0])
-    if task != "ruler_cwe":  # whose words come less often in shorter prompts
-        assert make_items(task, words, LongContextSettings(lengths=(least,), depths=3), ESSAY)
+    settings = LongContextSettings(lengths=(least,), depths=3)
+    assert all(size(words, item) <= least for item in make_items(task, words, settings, ESSAY_WORDS))
+    with pytest.raises(InputError):
+        make_items(task, words, LongContextSettings(lengths=(least - 1,), depths=3), ESSAY_WORDS)
+
+
+@pytest.mark.parametrize("length", [1, 64, 300, 512])
+def test_short_lengths_end_with_a_prompt_or_an_error(length: int) -> None:
+    tokenizer = make_tokenizer()
+    settings = LongContextSettings(lengths=(length,), depths=1)
+    for task in TASKS:
+        try:
+            assert size(tokenizer, make_items(task, tokenizer, settings, ESSAY_WORDS)[0]) <= length
+        except InputError as error:
+            refused = (error.option, int(str(error.allowed).split()[0]))
+            least = LongContextSettings(lengths=refused[1:], depths=1)
+            make_items(task, tokenizer, least, ESSAY_WORDS)
+
+
+def test_a_tokenizer_that_makes_nothing_of_text_does_not_hang() -> None:
+    backend = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))  # the whole text is one unknown token
+    items = make_items("passkey", PreTrainedTokenizerFast(tokenizer_object=backend), SETTINGS, None)
+    assert len(items) == 3
+    assert all(len(item.prompt) < 100_000 for item in items)
+
+
+def test_the_end_token_that_a_tokenizer_adds_is_left_out() -> None:
+    plain, ended = make_tokenizer(), make_tokenizer()
+    ended.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    assert ended("a")["input_ids"] == [256, *plain("a")["input_ids"], 257]
+    assert token_ids(ended, "a") == [256, *plain("a")["input_ids"]]
+
+
+def test_no_word_is_part_of_another() -> None:
+    every = [*ADJECTIVES, *NOUNS]
+    assert len(set(every)) == len(every)
+    assert [(one, other) for one in every for other in every if one != other and one in other] == []
 
 
 def test_prompts_are_kept_and_made_again_when_damaged(
     words: PreTrainedTokenizerFast, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = cached_items("passkey", words, SETTINGS, None)
+    made = prepare(["passkey"], words, SETTINGS)
     (file,) = cache_folder.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_files, "make_items", lambda *_: pytest.fail("made again"))
-        assert cached_items("passkey", words, SETTINGS, None) == made
+        patch.setattr(store, "make_items", lambda *_: pytest.fail("made again"))
+        assert prepare(["passkey"], words, SETTINGS) == made
     file.write_text(file.read_text().replace("The pass key is", "The pass key was"))
-    assert cached_items("passkey", words, SETTINGS, None) == made
-    cached_items("passkey", make_tokenizer(), SETTINGS, None)
+    assert prepare(["passkey"], words, SETTINGS) == made
+    file.write_text(file.read_text()[:-9])
+    assert prepare(["passkey"], words, SETTINGS) == made
+    assert list(cache_folder.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "task", "length", "depths", "samples", "seed", "haystack"])
+def test_other_prompts_are_kept_apart(change: str, words: PreTrainedTokenizerFast, cache_folder: Path) -> None:
+    prepare(["passkey"], words, SETTINGS)
+    tokenizer = make_tokenizer() if change == "tokenizer" else words
+    task = "niah_single_1" if change == "task" else "passkey"
+    settings = {"lengths": (1500,), "depths": 3}
+    settings |= {"length": {"lengths": (1500, 1600)}}.get(change, {})
+    settings |= {change: 2} if change in ("depths", "samples", "seed") else {}
+    prepare([task], tokenizer, LongContextSettings(**settings), ESSAY if change == "haystack" else None)
     assert len(list(cache_folder.iterdir())) == 2
 
 
-class Reader(torch.nn.Module):
-    """Answers with the five digits of the pass key that it finds in its prompt; or with something else."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, honest: bool) -> None:
-        super().__init__()
-        self.inner = make_model(258)
-        self.config, self.generation_config = self.inner.config, self.inner.generation_config
-        self.config.max_position_embeddings = 8192
-        self.tokenizer, self.honest, self.device = tokenizer, honest, torch.device("cpu")
-
-    def forward(self, input_ids: torch.Tensor, past_key_values: Any, use_cache: bool, logits_to_keep: int) -> Any:
-        assert use_cache
-        assert logits_to_keep == 1
-        said = (past_key_values or "") + self.tokenizer.decode(input_ids[0])
-        key = re.search(r"The pass key is (\d{5})\.", said)  # not yet in the first part of a long prompt
-        answer = f" {key[1]}" if self.honest and key else " 00000"
-        rest = answer.removeprefix(said.rpartition("The pass key is")[2])
-        likeliest = self.tokenizer(rest[0])["input_ids"][0] if rest else 257
-        logits = torch.zeros(1, 1, 258).index_fill(2, torch.tensor(likeliest), 1.0)
-        return type("Output", (), {"logits": logits, "past_key_values": said})
+def test_a_folder_that_cannot_be_written_to_costs_only_time(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert len(prepare(["passkey"], words, SETTINGS, cache_dir=tmp_path / "file")) == 3
 
 
-def test_a_model_that_reads_scores_one_and_one_that_guesses_nothing() -> None:
+@pytest.mark.parametrize("task", sorted(PLACED))
+def test_a_model_that_reads_scores_one_and_one_that_guesses_nothing(task: str) -> None:
     tokenizer = make_tokenizer()
-    settings = LongContextSettings(lengths=(900, 6000), depths=3, samples=2)
-    cells = long_context(Reader(tokenizer, honest=True), tokenizer, ["passkey"], settings)
+    settings = LongContextSettings(lengths=(2000, 5000), depths=2, samples=2)
+    cells = long_context(Reader(tokenizer), tokenizer, [task, task], settings, ESSAY)
     assert [(cell.length, cell.depth, cell.score, cell.n) for cell in cells] == [
-        (length, depth, 1.0, 2) for length in (900, 6000) for depth in (0.0, 0.5, 1.0)
+        (length, depth, 1.0, 2) for length in (2000, 5000) for depth in (0.0, 1.0)
     ]
-    assert all(answer.given == f" {answer.expected[0]}" for cell in cells for answer in cell.answers)
-    assert grid(cells)[0] == {"task": "passkey", "length": 900, "depth": 0.0, "score": 1.0, "n": 2}
-    wrong = results(long_context(Reader(tokenizer, honest=False), tokenizer, ["passkey"], settings))
-    assert [(result.length, result.score, result.stderr) for result in wrong] == [(900, 0.0, 0.0), (6000, 0.0, 0.0)]
+    assert all(answer.given == answer.expected[0] for cell in cells for answer in cell.answers)
+    assert grid(cells)[0] == {"task": task, "length": 2000, "depth": 0.0, "score": 1.0, "n": 2}
+    guesser = Reader(tokenizer, lambda prompt: read(prompt) and " something or other")
+    wrong = results(long_context(guesser, tokenizer, [task], settings, ESSAY))
+    assert [(result.task, result.length, result.score, result.stderr) for result in wrong] == [
+        (task, 2000, 0.0, 0.0),
+        (task, 5000, 0.0, 0.0),
+    ]
 
 
-def test_answers_are_those_of_generate_and_the_cache_is_at_work() -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_there_is_room_for_all_that_is_expected(task: str) -> None:
+    tokenizer, settings = make_tokenizer(), LongContextSettings(lengths=(3000,), depths=2)
+    wanted = {item.prompt: item.answers for item in prepare([task], tokenizer, settings, ESSAY)}
+    model = Reader(tokenizer, lambda prompt: f" {', '.join(wanted[prompt])}." + " and so on" * 99)
+    cells = long_context(model, tokenizer, [task], settings, ESSAY)
+    assert [cell.score for cell in cells] == [1.0] * len(cells)
+    assert all(len(answer.given) < 2 * len(", ".join(answer.expected)) + 9 for cell in cells for answer in cell.answers)
+
+
+def test_the_score_of_a_length_is_the_mean_of_its_questions_with_its_error() -> None:
+    tokenizer = make_tokenizer()
+    lengths = LongContextSettings(lengths=(1500, 1600), depths=4)
+
+    def short_sighted(prompt: str) -> str:
+        found = read(prompt)
+        return found if found is not None and prompt.index(found) < 750 else "?"
+
+    first, second = results(long_context(Reader(tokenizer, short_sighted), tokenizer, ["passkey"], lengths))
+    assert (first.task, first.length, first.score, first.scores) == ("passkey", 1500, 0.5, (1.0, 1.0, 0.0, 0.0))
+    assert first.stderr == pytest.approx((1 / 3) ** 0.5 / 2)
+    assert (second.length, second.score) == (1600, 0.5)
+    one = LongContextSettings(lengths=(1500,), depths=1)
+    (single,) = results(long_context(Reader(tokenizer), tokenizer, ["passkey"], one))
+    assert (single.score, single.stderr) == (1.0, None)
+
+
+@pytest.mark.parametrize("chunk", [100, 4096])
+def test_answers_are_those_of_generate_and_the_cache_is_at_work(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CHUNK", chunk)
     tokenizer, model = make_tokenizer(), make_model(258)
     model.config.max_position_embeddings = 1024
     made: list[DynamicCache] = []
@@ -194,12 +277,12 @@ def test_answers_are_those_of_generate_and_the_cache_is_at_work() -> None:
     cells = long_context(model.train(), tokenizer, ["passkey"], settings, cache=cache)
     assert model.training
     assert len(made) == 2
-    items = make_items("passkey", tokenizer, settings, None)
-    for cell, item, kept in zip(cells, items, made, strict=True):
+    for cell, item in zip(cells, prepare(["passkey"], tokenizer, settings), strict=True):
         ids = tokenizer(item.prompt, return_tensors="pt").input_ids
         said = model.eval().generate(ids, max_new_tokens=item.room, do_sample=False)[0, ids.shape[1] :]
         assert cell.answers[0].given == tokenizer.decode(said, skip_special_tokens=True)
-        assert kept.get_seq_length() >= ids.shape[1]
+        assert all(kept.get_seq_length() >= ids.shape[1] for kept in made)
+    assert cells == long_context(model, tokenizer, ["passkey"], settings)
 
 
 def test_the_score_is_the_share_of_the_expected_strings() -> None:
@@ -217,6 +300,7 @@ def test_the_score_is_the_share_of_the_expected_strings() -> None:
         ),
         (["passkey"], LongContextSettings(lengths=()), "eval.lengths: names no length"),
         (["passkey"], LongContextSettings(lengths=(0,)), "eval.lengths=0"),
+        (["passkey"], LongContextSettings(lengths=(512, 512)), "eval.lengths=512: is named twice"),
         (["passkey"], LongContextSettings(depths=0), "eval.depths=0"),
         (["passkey"], LongContextSettings(samples=0), "eval.samples=0"),
     ],

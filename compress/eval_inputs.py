@@ -1,0 +1,141 @@
+"""What an evaluation needs beside models: settings, texts, data. What can be wrong with them is found here."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from compress.calibrate.errors import InputError
+from compress.calibrate.hub import hub_problem
+from compress.calibrate.text import PYDOC, check_text, open_text
+from compress.evalsuite.catalogue import harness_tasks, long_context_tasks, text_tasks, validate_tasks
+from compress.evalsuite.harness import load_tasks
+from compress.evalsuite.longcontext import check_long_context
+from compress.evalsuite.longcontext import prepare as prepare_prompts
+from compress.evalsuite.score import Material, long_settings, tokenise
+from compress.evalsuite.settings import EvalSettings
+from compress.evalsuite.sliding import check_windows, lay_out
+from compress.options import EvalOptions
+from compress.schema import Eval
+
+AUTO, REPEAT = "auto", "repeat"
+HUB_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+
+Asked = Eval | EvalOptions
+"""A recipe's section or a command's options: they have the same names."""
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """A text: its name, where it is from, and the text itself."""
+
+    name: str
+    origin: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An evaluation that lacks nothing but models.
+
+    Attributes:
+        tasks: what to score.
+        settings: how.
+        material: texts.
+        text: origin of the text of perplexity and divergence, if it was asked for.
+        haystack: origin of the text around needles, if long-context tasks were asked for.
+    """
+
+    tasks: tuple[str, ...]
+    settings: EvalSettings
+    material: Material
+    text: str | None
+    haystack: str | None
+
+
+def check_eval(asked: Asked, tasks: Sequence[str], context: int | None) -> None:
+    """Preflight of an evaluation; reads no data and no text.
+
+    Args:
+        asked: section or options.
+        tasks: what to score.
+        context: the longest sequence that the model's config allows, or None.
+
+    Raises:
+        InputError: an unknown task, a text that can't be read, a window, stride or length that doesn't fit.
+    """
+    settings = settings_of(asked)
+    validate_tasks(tasks, settings.task_path)
+    if text_tasks(tasks):
+        check_windows(settings.window, settings.stride, settings.windows, context)
+        if asked.text != AUTO:
+            check_text(asked.text, option="eval.text")
+    if long := long_context_tasks(tasks):
+        check_long_context(long, long_settings(settings), context)
+        if asked.haystack not in (AUTO, REPEAT):
+            check_text(asked.haystack, option="eval.haystack")
+
+
+def prepare_eval(asked: Asked, tasks: Sequence[str], tokenizer: Any) -> Prepared:
+    """Read texts and the data of lm-eval's tasks, before any model is loaded.
+
+    Args:
+        asked: section or options.
+        tasks: what to score.
+        tokenizer: of the models.
+
+    Raises:
+        InputError: the data of a task can't be had: it is missing, or out of reach without the network; a text that
+            can't be read or is shorter than a window; a prompt too short for its task; questions in a chat template
+            for a model that has none.
+    """
+    settings = settings_of(asked)
+    if named := harness_tasks(tasks):
+        if settings.apply_chat_template and not tokenizer.chat_template:
+            raise InputError("eval.apply_chat_template", "true", "the model has no chat template")
+        load_tasks(named, settings)
+    text = open_eval_text(asked.text, "eval.text") if text_tasks(tasks) else None
+    haystack, place = None, None
+    if long := long_context_tasks(tasks):
+        place = "RULER's repeated sentence"
+        if asked.haystack != REPEAT:
+            same = text is not None and asked.haystack == asked.text
+            haystack = text if same else open_eval_text(asked.haystack, "eval.haystack")
+            place = None if haystack is None else haystack.origin
+        prepare_prompts(long, tokenizer, long_settings(settings), None if haystack is None else haystack.text)
+    tokens = None if text is None else tokenise(text, tokenizer)
+    if tokens is not None:
+        lay_out(tokens.ids.numel(), settings.window, settings.stride, settings.windows)
+    return Prepared(tuple(tasks), settings, Material(tokens, haystack), None if text is None else text.origin, place)
+
+
+def settings_of(asked: Asked) -> EvalSettings:
+    """The settings of the same names; bars are drawn where somebody sees them."""
+    names = {field.name for field in fields(EvalSettings)} & set(_names(asked))
+    values = {name: getattr(asked, name) for name in names}
+    if isinstance(values["task_path"], Path):
+        values["task_path"] = str(values["task_path"])
+    values["lengths"] = tuple(dict.fromkeys(values["lengths"]))
+    return EvalSettings(**values, progress=sys.stderr.isatty())
+
+
+def open_eval_text(spec: str, option: str) -> EvalText:
+    """A text to score on.
+
+    ``auto`` is WikiText-2's test split where the Hub can be reached, else Python's own documentation.
+
+    Raises:
+        InputError: the text can't be read.
+    """
+    reason = ""
+    if spec == AUTO:
+        problem = hub_problem()
+        spec = HUB_TEXT if problem is None else PYDOC
+        reason = "" if problem is None else f" (not WikiText-2, since {problem})"
+    source = open_text(spec, option=option)
+    return EvalText(source.name, source.origin + reason, "\n\n".join(source.documents))
+
+
+def _names(asked: Asked) -> list[str]:
+    return list(Eval.model_fields) if isinstance(asked, Eval) else [field.name for field in fields(asked)]

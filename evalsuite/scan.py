@@ -1,0 +1,175 @@
+"""One pass over the windows of a text: what each costs a model, and how far the model is from another one.
+
+Perplexity and divergence look at the same logits, so that one pass serves both. Two models are never in memory
+together: the final states of the first are kept in a file, with its head, and its logits are made again from these,
+some tokens at a time, while the second one runs. The same head on the same states gives the same logits, so that
+nothing is approximated; a state is fifty to a hundred times smaller than the logits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compress.calibrate.errors import InputError
+from compress.calibrate.workers import Workers
+from compress.evalsuite.head import CacheFactory, Decoder, chunk_tokens, evaluating, logits_in_chunks
+from compress.evalsuite.sliding import Windows
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WindowScore:
+    """Sums over the scored tokens of one window.
+
+    Attributes:
+        nll: negative log-likelihood, in nats.
+        kl: KL divergence from the other model, in nats; None where there is no other.
+        agreed: tokens at which both models find the same token likeliest.
+    """
+
+    nll: float
+    kl: float | None = None
+    agreed: int | None = None
+
+
+@dataclass
+class States:
+    """Final states of a model at the scored places of every window, in a file; empty until a pass has filled it.
+
+    Attributes:
+        path: the file: states ``[scored tokens, F]`` of one window after the other.
+        windows: the windows.
+        dtype: type of the states.
+        width: F.
+        head: makes logits of states.
+        vocabulary: number of logits.
+    """
+
+    path: Path
+    windows: Windows | None = None
+    dtype: torch.dtype = torch.float32
+    width: int = 0
+    head: nn.Module = field(default_factory=nn.Identity)
+    vocabulary: int = 0
+
+    def fill(self, windows: Windows, decoder: Decoder, states: Iterator[Tensor]) -> None:
+        """Write the states of all windows, in order."""
+        with self.path.open("wb") as file:
+            for part in states:
+                self.dtype, self.width = part.dtype, part.shape[1]
+                file.write(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self.windows, self.head, self.vocabulary = windows, decoder.head, decoder.vocabulary
+
+    def of(self, index: int) -> Tensor:
+        """The states of one window ``[scored tokens, F]``, read from the file."""
+        assert self.windows is not None
+        row = self.width * self.dtype.itemsize
+        before, rows = sum(self.windows.scored[:index]), self.windows.scored[index]
+        with self.path.open("rb") as file:
+            file.seek(before * row)
+            content = bytearray(file.read(rows * row))
+        return torch.frombuffer(content, dtype=self.dtype).view(rows, self.width)
+
+
+def scan(
+    model: Any,
+    ids: Tensor,
+    windows: Windows,
+    *,
+    cache: CacheFactory | None = None,
+    states: States | None = None,
+) -> list[WindowScore]:
+    """Run a model over the windows of a text, each by itself.
+
+    Args:
+        model: a transformers causal language model, on any device and in any dtype; it is left as it was.
+        ids: ``[N]`` token ids of the whole text.
+        windows: how it is cut.
+        cache: makes the cache that each window's keys and values go through; by default there is none.
+        states: if empty, it is filled with this model's states; otherwise they are those of the model to compare with.
+
+    Raises:
+        InputError: the two models have vocabularies of different sizes.
+        ValueError: the states are of other windows.
+    """
+    device = model.get_input_embeddings().weight.device
+    # Threads would share a cache factory, and whatever its author keeps in it.
+    side_by_side = device.type == "cpu" and cache is None
+    with evaluating(model), Workers(None if side_by_side else 1) as workers:
+        run = _Scan(model, ids, windows, cache)
+        if states is None:
+            return list(workers.map(lambda index: run.loss(index)[0], range(windows.count)))
+        if states.windows is None:
+            return _fill(states, run, workers)
+        if states.windows != windows:
+            raise ValueError(f"the states are of {states.windows}, not of {windows}")
+        if states.vocabulary != run.decoder.vocabulary:
+            problem = f"predicts {states.vocabulary} tokens, the other model {run.decoder.vocabulary}"
+            raise InputError("--baseline", None, problem, fix="compare models with the same vocabulary")
+        return list(workers.map(lambda index: run.divergence(index, states), range(windows.count)))
+
+
+def _fill(states: States, run: "_Scan", workers: Workers) -> list[WindowScore]:
+    scores = []
+
+    def parts() -> Iterator[Tensor]:
+        for score, part in workers.map(run.loss, range(run.windows.count)):
+            scores.append(score)
+            yield part
+
+    states.fill(run.windows, run.decoder, parts())
+    return scores
+
+
+class _Scan:
+    """A model over a text; every method may be called in any thread."""
+
+    def __init__(self, model: Any, ids: Tensor, windows: Windows, cache: CacheFactory | None) -> None:
+        self._ids, self.windows, self._cache = ids, windows, cache
+        self._device = model.get_input_embeddings().weight.device
+        self.decoder = Decoder(model, ids[None, : windows.window].to(self._device))
+
+    def loss(self, index: int) -> tuple[WindowScore, Tensor]:
+        """The loss of a window, and its states."""
+        states, targets = self._window(index)
+        total, done = 0.0, 0
+        tokens = chunk_tokens(self.decoder.vocabulary, copies=2)
+        for logits in logits_in_chunks(self.decoder.head, states, tokens):
+            total += _nll(logits.float().log_softmax(-1), targets[done : done + len(logits)])
+            done += len(logits)
+        return WindowScore(total), states
+
+    def divergence(self, index: int, other: States) -> WindowScore:
+        """The loss of a window, and its divergence from the model whose states are given."""
+        states, targets = self._window(index)
+        theirs = other.of(index).to(self._device)
+        nll, kl, agreed, done = 0.0, 0.0, 0, 0
+        tokens = chunk_tokens(self.decoder.vocabulary, copies=5)
+        for logits, dense in zip(
+            logits_in_chunks(self.decoder.head, states, tokens),
+            logits_in_chunks(other.head, theirs, tokens),
+            strict=True,
+        ):
+            q, p = logits.float().log_softmax(-1), dense.to(logits.device).float().log_softmax(-1)
+            nll += _nll(q, targets[done : done + len(q)])
+            kl += float(F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum())
+            agreed += int((q.argmax(-1) == p.argmax(-1)).sum())
+            done += len(q)
+        return WindowScore(nll, kl, agreed)
+
+    def _window(self, index: int) -> tuple[Tensor, Tensor]:
+        """Final states ``[scored tokens, F]`` before each scored token of a window, and these tokens."""
+        start, context = self.windows.start(index), self.windows.context(index)
+        ids = self._ids[start : start + self.windows.window].to(self._device)
+        inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": self._cache is not None}
+        if self._cache is not None:
+            inputs["past_key_values"] = self._cache()
+        states = self.decoder.states(**inputs)[0, context - 1 : -1]
+        return states, ids[context:].to(states.device)
+
+
+def _nll(logprobs: Tensor, targets: Tensor) -> float:
+    return -float(logprobs.gather(-1, targets.to(logprobs.device)[:, None]).double().sum())

@@ -1,0 +1,151 @@
+"""What one evaluation found: figures with their standard errors, and the items that paired tests need. As JSON, too."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from compress.evalsuite.divergence import Divergence
+from compress.evalsuite.greedy import GreedyChange
+from compress.evalsuite.longcontext import Cell
+from compress.evalsuite.perplexity import Perplexity
+from compress.evalsuite.settings import EvalSettings
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of one task.
+
+    Attributes:
+        task: task or group, ``"perplexity"`` for ours.
+        metric: lm-eval's name of the metric (with ``,filter`` where there is one), ``perplexity@WINDOW``, or
+            ``string_match@LENGTH`` for a long-context task.
+        value: the figure.
+        stderr: its standard error, where there is one.
+        higher_is_better: which way is up; None where the task doesn't say.
+        n: questions answered; for perplexity, tokens predicted; None for a group.
+        items: one number a question or window, in order, whose mean is the figure; None where it isn't such a mean.
+        log: the mean of the items is the logarithm of the figure instead.
+        weights: weight of each item in that mean, where they differ.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool | None
+    n: int | None
+    items: tuple[float, ...] | None = None
+    log: bool = False
+    weights: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything that one evaluation found, and what it takes to compare it with another.
+
+    Attributes:
+        metrics: one entry per task and metric, in the order in which the tasks were asked for.
+        settings: how it was measured.
+        tokenizer: fingerprint of the tokenizer, by its vocabulary and by what it makes of a short text.
+        perplexity: losses per window, if perplexity was asked for.
+        text: name of the text of perplexity and divergence.
+        text_tokens: sha256 over the ids of the text's windows.
+        harness: lm-eval's own results, if any of its tasks were run.
+        divergence: from the dense model, if it was asked for and this isn't the dense model.
+        long_context: every length and depth, without the answers, if a long-context task was run.
+        haystack: sha256 of the text in which needles were hidden; None for RULER's repeated sentence.
+        documents: of each lm-eval task, sha256 over its documents in order.
+    """
+
+    metrics: tuple[Metric, ...]
+    settings: EvalSettings
+    tokenizer: str
+    perplexity: Perplexity | None = None
+    text: str | None = None
+    text_tokens: str | None = None
+    harness: dict[str, Any] | None = None
+    divergence: Divergence | None = None
+    long_context: tuple[Cell, ...] = ()
+    haystack: str | None = None
+    documents: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types; a figure that isn't finite becomes null, since JSON has no name for it."""
+        data = finite(asdict(self))
+        for metric in data["metrics"]:
+            # Right or wrong: 1 rather than 1.0, for the sake of thousands of them.
+            metric["items"] = metric["items"] and [_short(item) for item in metric["items"]]
+        for cell in data["long_context"]:
+            del cell["answers"]
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Scores":
+        """The inverse of ``to_json``; a null figure becomes NaN. Keys that an older version didn't write may lack."""
+        nll, kl = data["perplexity"], data.get("divergence")
+        return cls(
+            **data
+            | {
+                "metrics": tuple(_metric(metric) for metric in data["metrics"]),
+                "settings": _settings(data["settings"]),
+                "perplexity": nll
+                and Perplexity(
+                    **nll
+                    | {
+                        "value": _number(nll["value"]),
+                        "nll": _numbers(nll["nll"]),
+                        "weights": _tuple(nll.get("weights")),
+                    }
+                ),
+                "divergence": kl
+                and Divergence(
+                    **kl
+                    | {
+                        "mean_kl": _number(kl["mean_kl"]),
+                        "kl": _numbers(kl["kl"]),
+                        "greedy": GreedyChange(**kl["greedy"]),
+                        "weights": _tuple(kl["weights"]),
+                    }
+                ),
+                "long_context": tuple(
+                    Cell(**cell | {"score": _number(cell["score"]), "answers": ()})
+                    for cell in data.get("long_context", ())
+                ),
+            }
+        )
+
+
+def finite(value: Any) -> Any:
+    """Nested lists and mappings with null in the place of every float that isn't finite; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _metric(data: dict[str, Any]) -> Metric:
+    items, weights = data.get("items"), _tuple(data.get("weights"))
+    found = {"value": _number(data["value"]), "items": None if items is None else _numbers(items), "weights": weights}
+    return Metric(**data | found)
+
+
+def _settings(data: dict[str, Any]) -> EvalSettings:
+    lists: dict[str, Any] = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+    return EvalSettings(**data | lists)
+
+
+def _short(item: float | None) -> float | None:
+    return int(item) if item in (0.0, 1.0) and item is not None else item
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _numbers(values: list[float | None]) -> tuple[float, ...]:
+    return tuple(_number(value) for value in values)
+
+
+def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)
