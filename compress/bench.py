@@ -89,8 +89,7 @@ def bench(
 def save(artifact: str | Path, against: str | Path, efficiency: dict[str, Any]) -> Path | None:
     """Put the section into an artifact's ``report.json``, in the place of an older one, and into its page and card.
 
-    The report compares with the original, so a comparison with another model has no place in it. A card that was
-    changed by hand stays as it is.
+    The report compares with the original, so a comparison with another model has no place in it.
 
     Args:
         artifact: its folder.
@@ -98,7 +97,7 @@ def save(artifact: str | Path, against: str | Path, efficiency: dict[str, Any]) 
         efficiency: from :func:`bench`.
 
     Returns:
-        The page; None if nothing was saved: this isn't an artifact, or the baseline isn't its original.
+        ``report.json``; None if nothing was saved: this isn't an artifact, or the baseline isn't its original.
     """
     folder = Path(artifact).expanduser()
     report = read_report(folder)

@@ -67,9 +67,9 @@ def _memory_rows(measured: Measured) -> list[Row]:
     peaks = {side: [_highest(done[side]) for done in measured.peaks] for side in SIDES}
     highest = {side: _highest([measured.facts[side].load_peak, *peaks[side]]) for side in SIDES}
     if all(highest.values()):
-        rows.append(paired_row("peak_memory", "bytes", *([highest[side]] for side in SIDES), False))
+        rows.append(paired_row("peak_memory", "bytes", [highest["baseline"]], [highest["model"]], False))
     if before.resettable and after.resettable and all(map(all, peaks.values())):
-        rows.append(paired_row("peak_memory_generating", "bytes", *(peaks[side] for side in SIDES), False))
+        rows.append(paired_row("peak_memory_generating", "bytes", peaks["baseline"], peaks["model"], False))
     return rows
 
 
@@ -82,7 +82,8 @@ def _time_rows(measured: Measured, settings: Settings) -> list[Row]:
     means = {side: [mean_pass(done[side]) for done in measured.passes] for side in SIDES}
 
     def row(metric: str, unit: str, figure: Any, higher_is_better: bool) -> Row:
-        return paired_row(metric, unit, *([figure(done) for done in means[side]] for side in SIDES), higher_is_better)
+        before, after = ([figure(done) for done in means[side]] for side in SIDES)
+        return paired_row(metric, unit, before, after, higher_is_better)
 
     prompt, further = settings.prompt_tokens, settings.new_tokens - 1
     return [

@@ -19,7 +19,19 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from compress.calibrate.errors import InputError, did_you_mean
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "recipe.yaml",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "README.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 _UNWANTED = ["*/*", "consolidated*", "adapter_*"]
 _OFFLINE_FIX = "check the connection, or give a local folder or a .gguf file"
 _HUB_ERRORS = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled)

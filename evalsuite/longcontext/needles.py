@@ -72,7 +72,9 @@ def passkey(draw: Random, depth: float) -> Question:
         text = _bury(_filler(NOISE.split(), count), [(depth, needle)])
         return (
             "An important fact is hidden in a lot of irrelevant text. Find it and memorize it.\n\n"
-            f"{text}\n\nWhat is the pass key? The pass key is"
+            f"{text}\n\n"
+            # Without "Question" and "Answer" a needle right before it is read as talk about what a pass key is.
+            "Question: What is the pass key in the text above?\nAnswer: The pass key is"
         )
 
     return Question(prompt, (key,))

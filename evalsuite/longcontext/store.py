@@ -14,7 +14,7 @@ from compress.evalsuite.longcontext.prompts import Item, make_items, token_ids
 from compress.evalsuite.longcontext.settings import LongContextSettings
 from compress.evalsuite.longcontext.vocabulary import NOISE
 
-VERSION = 1
+VERSION = 2
 """Of the generator: prompts of another version are made anew."""
 
 _PROBE = f"{NOISE}\n\nline amber-wolf: <12345>. VAR QXZJK = 6789012. 1b4e28ba-2fa1-41d2-883f-0016d3cca427 ñ"

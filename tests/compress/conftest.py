@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from compress import pipeline, planning
+from compress import pipeline, planning, report_page
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +26,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(" ".join(f"the {index * 7919 % 1000} in a hen" for index in range(300)))
     return path
+
+
+@pytest.fixture
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave out ``report.html``, which takes as long as all the rest of a tiny run."""
+    monkeypatch.setattr(report_page, "rebuild_page", lambda folder: None)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from runs import quick, stored
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compress import source
 from compress.artifact.compressed_tensors import (
     FORMAT,
     Scheme,
@@ -193,3 +195,8 @@ def test_no_artifact(tmp_path: Path) -> None:
 def test_a_report_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     assert read_report(tmp_path) is None
+
+
+def test_everything_in_an_artifact_is_fetched_from_the_hub_again(artifact: Path) -> None:
+    files = read_report(artifact)["artifact"]["files"]  # type: ignore[index]
+    assert [name for name in files if not any(fnmatch(name, pattern) for pattern in source._WANTED)] == []

@@ -21,6 +21,7 @@ from compress.pipeline import RunResult
 from compress.planning import plan
 from compress.runtime import load
 
+pytestmark = pytest.mark.usefixtures("_no_page")
 Tiny = Callable[[str], Path]
 FORMATS = ("compressed-tensors", "gptq", "gguf")
 FITTING = ("weights.group_size=32", "weights.bits=4")

@@ -24,6 +24,7 @@ from compress.gguf_reader import GgufCheckpoint
 from compress.model import open_model
 from compress.runtime import load
 
+pytestmark = pytest.mark.usefixtures("_no_page")
 Tiny = Callable[[str], Path]
 BOTH = ("export.formats=[compressed-tensors, gguf]", "weights.group_size=32")
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.artifact.gptq import CONFIG_FILE, GptqCheckpoint, open_gptq
 from compress.runtime import load
 
+pytestmark = pytest.mark.usefixtures("_no_page")
 Tiny = Callable[[str], Path]
 FORMATS = "export.formats=[compressed-tensors, gptq]"
 
