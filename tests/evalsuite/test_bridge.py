@@ -14,7 +14,7 @@ from compress.evalsuite.settings import EvalSettings
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from models import CONFIGS, build_model, build_tokenizer
-from test_continuations import Forgetful
+from scoring_builders import Forgetful
 from transformers import DynamicCache
 
 WORDS = ["the", "hen", "and", "an", "inn", "in", "a", "tin:", "then", "he", "ran,", "thin", "as", "an", "end"]

@@ -7,7 +7,7 @@ from compress.evalsuite.continuations import CacheScorer, WholeScorer, score_con
 from compress.evalsuite.prefix_tree import Continuation
 from compress.evalsuite.tree_scorer import TreeScorer, layer_windows
 from models import CONFIGS, build_model
-from test_prefix_tree import questions
+from scoring_builders import Forgetful, questions
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -171,15 +171,6 @@ def test_half_precision():
         found, one_by_one(model, ITEMS["questions"]), ITEMS["questions"], strict=True
     ):
         assert value == pytest.approx(expected, abs=0.1 * item.scored)
-
-
-class Forgetful(DynamicCache):
-    """A lossy method: what is stored keeps no values, what is passed through is exact."""
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self.layers[layer_idx].values = torch.zeros_like(self.layers[layer_idx].values)
-        return keys, values
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])

@@ -3,23 +3,7 @@ import random
 import pytest
 import torch
 from compress.evalsuite.prefix_tree import ROW_TOKENS, Continuation, plan_rows, probe
-
-
-def questions(count, context, choices, answer=(1, 6), start=()):
-    """Shuffled items: contexts that share ``start``, each with some choices; sizes are (smallest, largest)."""
-    draw = random.Random(0)
-
-    def tokens(sizes):
-        return tuple(draw.randrange(300) for _ in range(draw.randint(*sizes)))
-
-    items = []
-    for _ in range(count):
-        asked = (*start, *tokens(context))
-        for _ in range(choices):
-            rest = tokens(answer)
-            items.append(Continuation(asked + rest, len(rest)))
-    draw.shuffle(items)
-    return items
+from scoring_builders import questions
 
 
 def planned(items, per_row=8):
