@@ -7,7 +7,7 @@ import click
 from compress.calibrate.errors import InputError
 from compress.cli.params import CountOrAll, Counts, Names, json_option, machine_options, show, task_path_option
 
-from compress.options import EvalOptions
+from compress.options import LARGEST_SEED, EvalOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +66,11 @@ _OPTIONS = (
         help="Text around the needle; repeat is RULER's sentence.",
     ),
     click.option(
-        "--seed", type=click.IntRange(min=0), default=EvalOptions.seed, show_default=True, help="Of these questions."
+        "--seed",
+        type=click.IntRange(0, LARGEST_SEED),
+        default=EvalOptions.seed,
+        show_default=True,
+        help="Of these questions.",
     ),
     click.option(
         "--batch-size",

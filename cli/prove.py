@@ -10,6 +10,9 @@ from compress.cli.params import Names, json_option, machine_options, show
 
 from compress.options import BenchOptions, EvalOptions
 
+ROUNDS = 3
+"""Of each artifact's benchmark: ``compress bench`` has five, which takes longer where artifacts are many."""
+
 
 @click.command("prove", short_help="Measure artifacts beside their original, on one page.")
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -41,7 +44,7 @@ def prove_command(
     scoring = EvalOptions(**options)
     bench_options = None
     if bench:
-        bench_options = BenchOptions(device=scoring.device, trust_remote_code=scoring.trust_remote_code)
+        bench_options = BenchOptions(rounds=ROUNDS, device=scoring.device, trust_remote_code=scoring.trust_remote_code)
     from compress.cli.console import Console
     from compress.evalsuite.report import render_comparison
 

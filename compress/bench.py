@@ -36,7 +36,7 @@ from compress.report_page import update_report
 from compress.source import hub_config_folder, hub_weight_bytes, locate
 from compress.worker import Owner, Turns, Worker
 
-__all__ = ["DENSE", "Subject", "bench", "original", "save"]
+__all__ = ["DENSE", "Subject", "bench", "is_original", "original", "save"]
 
 Emit = Callable[[Event], None]
 
@@ -101,12 +101,13 @@ def save(artifact: str | Path, against: str | Path, efficiency: dict[str, Any]) 
     """
     folder = Path(artifact).expanduser()
     report = read_report(folder)
-    if report is None or not _is_original(report, against):
+    if report is None or not is_original(report, against):
         return None
     return update_report(folder, efficiency=efficiency)
 
 
-def _is_original(report: dict[str, Any], model: str | Path) -> bool:
+def is_original(report: dict[str, Any], model: str | Path) -> bool:
+    """Whether a model has the very files that an artifact was made of; ``"dense"`` has."""
     if model == DENSE:
         return True
     try:

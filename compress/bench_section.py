@@ -100,7 +100,7 @@ def _notes(names: dict[str, str], facts: dict[str, Facts]) -> list[str]:
     if after is not None and after.unpacked:
         notes.append(
             f"{names['model']} takes {after.disk:.1f} bits a weight on disk and {after.memory:.0f} in memory here: "
-            "transformers unpacked the weights while loading, so memory and speed are those of a dense model"
+            "transformers unpacked the weights while loading, so packing saves disk but neither memory nor time"
         )
     if before is not None and before.unpacked:
         dense = facts["baseline"].elements * 2

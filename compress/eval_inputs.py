@@ -65,16 +65,25 @@ def check_eval(asked: Asked, tasks: Sequence[str], context: int | None) -> None:
     Raises:
         InputError: an unknown task, a text that can't be read, a window, stride or length that doesn't fit.
     """
+    validate_tasks(tasks, settings_of(asked).task_path)
+    check_context(asked, tasks, context)
+    if text_tasks(tasks) and asked.text != AUTO:
+        check_text(asked.text, option="eval.text")
+    if long_context_tasks(tasks) and asked.haystack not in (AUTO, REPEAT):
+        check_text(asked.haystack, option="eval.haystack")
+
+
+def check_context(asked: Asked, tasks: Sequence[str], context: int | None) -> None:
+    """The part of ``check_eval`` that depends on the model.
+
+    Raises:
+        InputError: a window, stride or length that doesn't fit.
+    """
     settings = settings_of(asked)
-    validate_tasks(tasks, settings.task_path)
     if text_tasks(tasks):
         check_windows(settings.window, settings.stride, settings.windows, context)
-        if asked.text != AUTO:
-            check_text(asked.text, option="eval.text")
     if long := long_context_tasks(tasks):
         check_long_context(long, long_settings(settings), context)
-        if asked.haystack not in (AUTO, REPEAT):
-            check_text(asked.haystack, option="eval.haystack")
 
 
 def prepare_eval(asked: Asked, tasks: Sequence[str], tokenizer: Any) -> Prepared:

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.calibrate.errors import InputError
 from compress.device import pick_device
-from compress.eval_inputs import Prepared, check_eval, prepare_eval
+from compress.eval_inputs import Prepared, check_context, check_eval, prepare_eval
 from compress.evalsuite.catalogue import DIVERGENCE
 from compress.evalsuite.compare import Row, compare, markdown_table
 from compress.evalsuite.divergence import Reference
@@ -144,7 +144,7 @@ def evaluate(
     found = find(model, trust_remote_code=options.trust_remote_code)
     other = None if options.baseline is None else _baseline(options.baseline, options, found.tokenizer)
     contexts = [one.context for one in (found, other) if one is not None and one.context is not None]
-    check_eval(options, tasks, min(contexts, default=None))
+    check_context(options, tasks, min(contexts, default=None))
     prepared = prepare_eval(options, tasks, found.tokenizer)
     return score_models(
         partial(load_to, found, device),

@@ -13,6 +13,7 @@ PERPLEXITY_WINDOWS = 24
 LENGTHS = (2048, 4096)
 DEPTHS = 5
 EVAL_BATCH_SIZE = 8
+LARGEST_SEED = 2**32 - 1  # what numpy, and so lm-eval, accepts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.bench import bench, original
+from compress.bench import bench, is_original, original
 from compress.calibrate.errors import InputError
 from compress.comparison import named_reports
 from compress.device import pick_device
@@ -53,9 +53,13 @@ def prove(
     if not tasks and bench_options is None:
         raise InputError("--tasks", "none", "there is nothing to measure", fix="name a task, or use --bench")
     named = named_reports(artifacts)
-    source = options.baseline or _common_original(artifacts, [report for _, report in named])
+    source = options.baseline or str(original(artifacts[0]).model)
+    for folder, (_, report) in zip(artifacts, named, strict=True):
+        if not is_original(report, source):
+            raise InputError("ARTIFACT", folder, f"wasn't made of {source}", fix="name its original: --baseline MODEL")
     dense = find(source, trust_remote_code=options.trust_remote_code)
     models = {name: _artifact(folder, dense, options) for (name, _), folder in zip(named, artifacts, strict=True)}
+    settings = _settings(options, tasks) if tasks else {}
     check_eval(options, tasks, dense.context)
     prepared = prepare_eval(options, tasks, dense.tokenizer)
     if bench_options is not None:
@@ -73,18 +77,9 @@ def prove(
             told=lambda which, seconds: emit(Message(f"scored {which} in {seconds:.0f} s")),
         )
         for folder, outcome in zip(artifacts, outcomes, strict=True):
-            update_report(folder, eval=eval_section(_settings(options, tasks), outcome))
+            update_report(folder, eval=eval_section(settings, outcome))
         emit(StageDone("eval", time.perf_counter() - started))
     return compare_reports(named_reports(artifacts))
-
-
-def _common_original(folders: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
-    """Where the model is that all artifacts were made of."""
-    first = reports[0]["fingerprint"]["model"]
-    for folder, report in zip(folders, reports, strict=True):
-        if report["fingerprint"]["model"] != first:
-            raise InputError("ARTIFACT", folder, f"was made of another model than {folders[0]}")
-    return str(original(folders[0]).model)
 
 
 def _artifact(folder: Path, dense: Unloaded, options: EvalOptions) -> Unloaded:
@@ -99,5 +94,6 @@ def _settings(options: EvalOptions, tasks: Sequence[str]) -> dict[str, Any]:
     values = {field.name: getattr(options, field.name) for field in fields(EvalOptions)}
     path = values.pop("task_path")
     kept = {name: value for name, value in values.items() if name in Eval.model_fields}
+    kept["lengths"] = tuple(dict.fromkeys(options.lengths))
     section = Eval(**kept, tasks=tuple(tasks), task_path=None if path is None else str(path))
     return section.model_dump(mode="json")

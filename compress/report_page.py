@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress.artifact.card import model_card
+from compress.artifact.card import model_card, titled
 from compress.artifact.export import read_report
 from compress.calibrate.errors import InputError
 from compress.evalsuite.report import render
@@ -51,9 +51,15 @@ def update_report(folder: Path, **sections: Any) -> Path:
     Raises:
         InputError: the folder holds no report.
     """
-    report = stored_report(folder, "ARTIFACT") | sections
+    before = stored_report(folder, "ARTIFACT")
+    report = before | sections
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    title = titled(card) or folder.resolve().name
+    untouched = not card or card == model_card(before, title)
     write_text(folder / "report.json", json.dumps(report, indent=1, default=str) + "\n")
-    write_text(folder / "README.md", model_card(report, folder.resolve().name))
+    if untouched:  # a card that somebody has edited is theirs
+        write_text(path, model_card(report, title))
     write_page(folder, report)
     return folder / "report.json"
 

@@ -13,10 +13,9 @@ from annotated_types import Ge
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from compress.calibrate.errors import InputError
-from compress.options import DEPTHS, EVAL_BATCH_SIZE, LENGTHS, PERPLEXITY_WINDOW, PERPLEXITY_WINDOWS
+from compress.options import DEPTHS, EVAL_BATCH_SIZE, LARGEST_SEED, LENGTHS, PERPLEXITY_WINDOW, PERPLEXITY_WINDOWS
 
 Bits = Literal[2, 3, 4, 8]
-LARGEST_SEED = 2**32 - 1  # what numpy, and so lm-eval, accepts
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,12 @@ import torch
 from compress.calibrate.workers import Workers
 from compress.evalsuite.head import CacheFactory
 from compress.evalsuite.logits import Answer, TokenLogits, Wanted
-from compress.evalsuite.prefix_tree import Continuation
-from compress.evalsuite.tree_scorer import TreeScorer, layer_windows, rows_are_exact
+from compress.evalsuite.prefix_tree import ROW_TOKENS, Continuation
+from compress.evalsuite.tree_scorer import PROBE_PASSES, TreeScorer, layer_windows, rows_are_exact
 from transformers import Cache
+
+_PASS_TOKENS = 32
+"""A forward pass reads all weights, which costs about what so many tokens do."""
 
 
 class Scorer(Protocol):
@@ -69,10 +72,19 @@ def _pick_scorer(
     """The fastest way that is exact."""
     if cache is not None:
         return CacheScorer(logits, items, cache)
+    whole = WholeScorer(logits, items, batch_size)
     windows = layer_windows(logits.model.config)
-    if windows is None or not rows_are_exact(logits, items, windows):
-        return WholeScorer(logits, items, batch_size)
-    return TreeScorer(logits, items, windows, batch_size)
+    if windows is None:
+        return whole
+    tree = TreeScorer(logits, items, windows, batch_size)
+    longest = max(len(item.inputs) for item in items)
+    dear = _cost(tree.sizes()) + _cost([longest] * PROBE_PASSES) >= _cost(whole.sizes())
+    return whole if dear or not rows_are_exact(logits, items, windows) else tree
+
+
+def _cost(sizes: Iterable[int]) -> int:
+    """What forward passes over so many tokens cost, in tokens."""
+    return sum(_PASS_TOKENS + size for size in sizes)
 
 
 class WholeScorer:
@@ -92,9 +104,13 @@ class WholeScorer:
         items = self._items
         order = sorted(range(len(items)), key=lambda index: (-len(items[index].tokens), items[index].tokens))
         alike = [list(group) for _, group in groupby(order, key=lambda index: items[index].inputs)]
-        for _, group in groupby(alike, key=lambda indices: len(items[indices[0]].tokens)):
-            while batch := list(islice(group, self._batch_size)):
+        for length, group in groupby(alike, key=lambda indices: len(items[indices[0]].inputs)):
+            while batch := list(islice(group, max(1, min(self._batch_size, ROW_TOKENS // length)))):
                 yield batch
+
+    def sizes(self) -> Iterator[int]:
+        """Tokens in each forward pass."""
+        return (len(batch) * len(self._items[batch[0][0]].inputs) for batch in self.jobs())
 
     def run(self, job: list[list[int]]) -> list[tuple[int, Answer]]:
         """One batch."""

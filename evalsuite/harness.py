@@ -188,7 +188,7 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
             f"its dataset {dataset or ''} is out of reach: {_one_line(error)}".replace("  ", " "),
             fix=_OFFLINE,
         ) from error
-    except (KeyError, TypeError, ValueError, TemplateError) as error:
+    except (ImportError, LookupError, TypeError, ValueError, TemplateError) as error:
         problem = f"the task file does not fit its data: {type(error).__name__}: {_one_line(error)}"
         raise InputError("eval.tasks", name, problem) from error
 

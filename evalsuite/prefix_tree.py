@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 ROW_TOKENS = 512
-"""A row is closed at the first new question behind so many tokens: large matrices, but little wasted in attention."""
+"""A row is closed at the first new question behind so many tokens: larger matrices would no longer save time."""
 
 _MIN_PREFIX = 64
 """A shorter common beginning isn't worth a forward pass of its own."""

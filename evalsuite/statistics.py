@@ -13,6 +13,7 @@ import numpy as np
 MCNEMAR = "exact McNemar"
 PAIRED_T = "paired t"
 PAIRED_T_LOG = "paired t on the logarithm"
+SIGN = "sign test"
 
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 EXPLANATION = (
@@ -29,7 +30,7 @@ class Paired:
 
     Attributes:
         test: ``MCNEMAR`` where every item is 0 or 1, otherwise ``PAIRED_T``, or ``PAIRED_T_LOG`` where the items are
-            logarithms of the figure.
+            logarithms of the figure; ``SIGN`` where all items changed by the same, so that t has no spread to go by.
         n: number of items.
         difference: mean of after - before over the items.
         stderr: standard error of ``difference``; None for a single item.
@@ -108,6 +109,8 @@ def paired(
     up, down = int((change > 0).sum()), int((change < 0).sum())
     if weights is None and bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all()):
         test, p_value = MCNEMAR, _mcnemar(up, down)
+    elif stderr == 0.0:  # every item changed by the same: its sign is all that is known
+        test, p_value = SIGN, _mcnemar(up, down)
     else:
         test, p_value = PAIRED_T_LOG if log else PAIRED_T, _t_test(difference, stderr, len(change))
     improved, worsened = (up, down) if higher_is_better else (down, up)
@@ -127,6 +130,4 @@ def _t_test(difference: float, stderr: float | None, count: int) -> float | None
 
     if stderr is None:
         return None
-    if stderr == 0.0:
-        return 1.0 if difference == 0.0 else 0.0
     return 2 * float(stdtr(count - 1, -abs(difference) / stderr))

@@ -107,7 +107,7 @@ def check_data_files(file: TaskFile) -> None:
                 fix=f"data files are relative to the task file {file.path}",
             )
         for path in found:
-            if path.stat().st_size == 0:
+            if path.stat().st_size <= 4096 and path.read_bytes().strip() in (b"", b"[]", b"{}"):
                 raise InputError("eval.tasks", file.name, f"its data file {path} is empty")
 
 

@@ -16,6 +16,9 @@ _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _TOLERANCE = {4: 1e-3, 2: 0.5}  # nats per token, by bytes per number
 _UNSUPPORTED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 
+PROBE_PASSES = 4
+"""What ``rows_are_exact`` costs, in forward passes over the longest sequence."""
+
 Windows = dict[str, int | None]
 """Sliding window of each type of layer; None for full attention."""
 
@@ -74,6 +77,13 @@ class TreeScorer:
         """Rows with their prefixes; a prefix is gone when the last of its rows is."""
         for family in plan_rows(self._items, self._batch_size):
             yield from self.family_jobs(family)
+
+    def sizes(self) -> Iterator[int]:
+        """Tokens in each forward pass."""
+        for family in plan_rows(self._items, self._batch_size):
+            if family.prefix:
+                yield len(family.prefix)
+            yield from (len(row.tokens) for row in family.rows)
 
     def run(self, job: tuple["_Prefix", Row]) -> list[tuple[int, Answer]]:
         """One row."""

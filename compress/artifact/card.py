@@ -22,6 +22,7 @@ from compress.evalsuite.report.needles import fields, mean_by_length
 from compress.evalsuite.report.wording import is_number, listed, nbytes, number, percent, quantity, times
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#])")
+_TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 _LIBRARIES = {"gguf": "gguf"}
 
 
@@ -131,6 +132,12 @@ def _template() -> Template:
     return environment.from_string((files("compress.artifact") / "card.md.j2").read_text(encoding="utf-8"))
 
 
+def titled(card: str) -> str | None:
+    """The name in the title of a card; None if it has none."""
+    title = _TITLE.search(card)
+    return None if title is None else re.sub(r"\\(.)", r"\1", title[1])
+
+
 def _base(model: dict[str, Any]) -> str:
     return _link(model["hub_id"]) if model["hub_id"] else _md(model["name"])
 
@@ -142,13 +149,14 @@ def _link(repo: str) -> str:
 def _divergence(found: Mapping[str, Any] | None) -> str | None:
     if not found:
         return None
+    error = "" if found["kl_stderr"] is None else f" ± {number(found['kl_stderr'])}"
     text = (
-        f"Against the original, token by token: mean KL divergence {number(found['mean_kl'])} ± "
-        f"{number(found['kl_stderr'])} nats a token, the same likeliest token in {percent(found['top1_agreement'])}"
+        f"Against the original, token by token: mean KL divergence {number(found['mean_kl'])}{error} nats a token, "
+        f"the same likeliest token in {percent(found['top1_agreement'])}"
     )
     greedy = found.get("greedy")
     if greedy:
-        text += f"; {greedy['changed_answers']} of {greedy['prompts']} greedy answers changed"
+        text += f"; {percent(greedy['changed_answers'])} of {greedy['prompts']} greedy answers changed"
     return f"{text}."
 
 

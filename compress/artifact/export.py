@@ -131,6 +131,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+REQUIRED = ("model", "recipe", "fingerprint", "artifact")  # sections of every report of ours
+
+
 def read_report(folder: Path) -> dict[str, Any] | None:
     """The report of an artifact, or None if the folder isn't one."""
     path = folder / "report.json"
@@ -140,4 +143,5 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return report if isinstance(report, dict) and "artifact" in report else None
+    ours = isinstance(report, dict) and all(isinstance(report.get(section), dict) for section in REQUIRED)
+    return report if ours and "files" in report["artifact"] else None

@@ -7,12 +7,11 @@ for whoever downloads it.
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from compress.artifact.card import model_card
+from compress.artifact.card import model_card, titled
 from compress.artifact.export import read_report
 from compress.artifact.inspect import inspect
 from compress.artifact.privacy import Cleaner, shareable
@@ -23,7 +22,6 @@ from compress.recipe import Recipe
 from compress.work import STATE, SUFFIX, partial_folder
 
 REPORT, CARD, PAGE, RECIPE = "report.json", "README.md", "report.html", "recipe.yaml"
-_TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,8 @@ def _card(path: Path, repo: str, report: dict[str, Any]) -> str:
     """The card for the Hub, where the model is loaded by its repository's name; one edited by hand keeps its text."""
     namespace, _, name = repo.partition("/")
     local = path.read_text(encoding="utf-8") if path.is_file() and not path.is_symlink() else None
-    if local is not None and (title := _TITLE.search(local)) is not None:
-        folder_name = re.sub(r"\\(.)", r"\1", title[1])
-        if local != model_card(report, folder_name):
-            return Cleaner(report).text(local)
+    if local is not None and (title := titled(local)) is not None and local != model_card(report, title):
+        return Cleaner(report).text(local)
     return model_card(report, name, repo, namespace)
 
 

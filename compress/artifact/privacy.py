@@ -38,13 +38,13 @@ class Cleaner:
 
     def __init__(self, report: dict[str, Any]) -> None:
         model, recipe = report["model"], report["recipe"]
-        evaluation = recipe.get("eval") or {}
+        evaluations = [recipe.get("eval") or {}, (report.get("eval") or {}).get("settings") or {}]
         texts = [(report.get("calibration") or {}).get("source"), (recipe.get("calibration") or {}).get("source")]
-        texts += [evaluation.get("text"), evaluation.get("haystack")]
+        texts += [evaluation.get(key) for evaluation in evaluations for key in ("text", "haystack")]
         given: set[str] = {text for text in texts if text}
         local = {text for text in given if is_local(text)}
         self._public = given - local | {model["hub_id"]}
-        local |= {path for path in (evaluation.get("task_path"),) if path}
+        local |= {path for evaluation in evaluations if (path := evaluation.get("task_path"))}
         if model["source"] and model["source"] != model["hub_id"]:
             local.add(model["source"])
         self._known = [(path, _name(path)) for path in sorted(local, key=len, reverse=True) if _name(path) != path]

@@ -20,7 +20,7 @@ from compress.evalsuite.report.wording import (
 )
 
 _NO_SHARE = ("mcc", "bleu", "ter", "chrf")
-_TWO_SIDED = 1.96  # standard errors of a 95 % interval
+_TWO_SIDED = 1.96  # standard errors of a 95 % interval, where the number of items isn't known
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Finding:
         sign = 1.0 if self.higher_is_better else -1.0
         difference, stderr = dig(self.paired, "difference"), dig(self.paired, "stderr")
         if is_number(difference) and is_number(stderr):
-            wide = _TWO_SIDED * stderr
+            wide = _standard_errors(dig(self.paired, "n")) * stderr
             if math.isclose(difference, self.after - self.before, rel_tol=0.01, abs_tol=1e-6):
                 return _ordered(gain - wide / abs(self.before), gain + wide / abs(self.before))
             if abs(difference) < 50 and math.isclose(math.exp(difference), self.after / self.before, rel_tol=0.01):
@@ -144,6 +144,15 @@ class Finding:
             return None
         wide = _TWO_SIDED * math.hypot(self.before_stderr, self.after_stderr) / abs(self.before)
         return gain - wide, gain + wide
+
+
+def _standard_errors(items: Any) -> float:
+    """Of a 95 % interval around a mean over so many items, by Student's t as in the paired test."""
+    if not is_number(items) or items < 2:
+        return _TWO_SIDED
+    from scipy.special import stdtrit  # half a second, which a report without scores shouldn't wait
+
+    return float(stdtrit(items - 1, 0.975))
 
 
 def findings(report: Mapping[str, Any]) -> list[Finding]:

@@ -104,7 +104,7 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr("compress.prove.score_all", lambda *_, **__: pytest.fail("models were loaded"))
     monkeypatch.setattr(bench_module, "Turns", lambda *_: pytest.fail("models were loaded"))
     for folders, tasks, benched, message in (
-        ([copies[0], other], ["perplexity"], None, "other: was made of another model"),
+        ([copies[0], other], ["perplexity"], None, "other: wasn't made of .*llama; name its original"),
         ([copies[0], copies[0]], ["perplexity"], None, "is named twice"),
         ([tmp_path], ["perplexity"], None, "holds no report.json"),
         (copies, [], None, "there is nothing to measure"),

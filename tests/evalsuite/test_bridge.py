@@ -9,8 +9,12 @@ import torch
 from compress.calibrate.errors import InputError
 from compress.evalsuite import bridge
 from compress.evalsuite.bridge import LoadedModel
+from compress.evalsuite.continuations import _pick_scorer
+from compress.evalsuite.logits import TokenLogits
+from compress.evalsuite.prefix_tree import Continuation
 from compress.evalsuite.quiet import quiet, seeded
 from compress.evalsuite.settings import EvalSettings
+from compress.evalsuite.tree_scorer import TreeScorer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from models import CONFIGS, build_model, build_tokenizer
@@ -24,7 +28,7 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, given, index, metadata=("the task", index, 1)) for index, given in enumerate(arguments)]
 
 
-def questions(count=6, words=(3, 12), choices=("the hen", "an", "a tin inn")):
+def questions(count=16, words=(3, 16), choices=("the hen", "an", "a tin inn")):
     draw = random.Random(0)
     pairs = []
     for _ in range(count):
@@ -79,10 +83,20 @@ def agree(found, expected):
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
+@torch.no_grad()
+def rows_pay(ours, asked):
+    """Whether there is enough to share, so that shared beginnings are really tested."""
+    found = ours._encode_pairs([request.args for request in asked])
+    items = [Continuation((*context, *rest), len(rest)) for _, context, rest in found]
+    logits = TokenLogits(ours.model, items[0].tokens)
+    return isinstance(_pick_scorer(logits, items, ours.batch_size, None), TreeScorer)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_multiple_choice(pair, family):
     theirs, ours = pair(family)
     asked = requests("loglikelihood", *questions())
+    assert rows_pay(ours, asked)
     agree(ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True))
 
 

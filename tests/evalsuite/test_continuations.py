@@ -4,8 +4,9 @@ import pytest
 import torch
 from compress.evalsuite import continuations
 from compress.evalsuite.continuations import CacheScorer, WholeScorer, score_continuations
+from compress.evalsuite.logits import TokenLogits
 from compress.evalsuite.prefix_tree import Continuation
-from compress.evalsuite.tree_scorer import TreeScorer, layer_windows
+from compress.evalsuite.tree_scorer import TreeScorer, layer_windows, rows_are_exact
 from models import CONFIGS, build_model
 from scoring_builders import Forgetful, questions
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,7 @@ ITEMS = {
     "shared examples": questions(9, (1, 12), 2, start=tuple(range(90))),
     "whole texts": [Continuation(tuple((7 * i + j * j) % 300 for j in range(60)), 59) for i in range(2)],
 }
+MANY = questions(25, (15, 30), 4)
 
 
 @torch.no_grad()
@@ -30,6 +32,17 @@ def one_by_one(model, items):
         value = logits.log_softmax(-1).gather(1, targets[:, None]).sum()
         found.append((float(value), bool((logits.argmax(-1) == targets).all())))
     return found
+
+
+@torch.no_grad()
+def by_tree(model, items):
+    """The same in rows, which would not pay for so few items."""
+    logits = TokenLogits(model, items[0].tokens)
+    windows = layer_windows(model.config)
+    assert rows_are_exact(logits, items, windows)
+    scorer = TreeScorer(logits, items, windows, 2)
+    found = [answer for job in scorer.jobs() for answer in scorer.run(job)]
+    return [answer for _, answer in sorted(found)]
 
 
 def agree(found, expected):
@@ -64,13 +77,13 @@ def scorers(monkeypatch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_all_families(family, attention, scorers):
+def test_all_families(family, attention):
     model = build_model(family)
     model.set_attn_implementation(attention)
     for items in [*ITEMS.values(), greedy_items(model)]:
         expected = one_by_one(model, items)
-        agree(score_continuations(model, items, batch_size=2), expected)
-    assert set(scorers) == {TreeScorer}
+        agree(by_tree(model, items), expected)
+        agree(score_continuations(model, items), expected)
     assert {greedy for _, greedy in expected} == {True, False}
 
 
@@ -90,6 +103,14 @@ def test_progress():
     assert sum(told) == len(ITEMS["questions"])
 
 
+def test_the_way_that_pays_is_taken(scorers):
+    model = build_model("llama")
+    agree(score_continuations(model, MANY), one_by_one(model, MANY))
+    score_continuations(model, ITEMS["whole texts"])  # nothing to share
+    score_continuations(model, MANY[:2])  # too little to share
+    assert scorers == [TreeScorer, WholeScorer, WholeScorer]
+
+
 def test_logits_that_the_head_alone_does_not_give():
     """A model that scales its logits behind the head."""
     model = build_model("llama")
@@ -101,7 +122,7 @@ def test_logits_that_the_head_alone_does_not_give():
             return output
 
     model.__class__ = Scaled
-    agree(score_continuations(model, ITEMS["questions"]), one_by_one(model, ITEMS["questions"]))
+    agree(score_continuations(model, MANY), one_by_one(model, MANY))
 
 
 def test_attention_of_a_method_sees_whole_sequences(scorers):
@@ -115,9 +136,9 @@ def test_attention_of_a_method_sees_whole_sequences(scorers):
     AttentionInterface.register("test_method", attention)
     AttentionMaskInterface.register("test_method", sdpa_mask)
     model = build_model("qwen3")
-    expected = one_by_one(model, ITEMS["questions"])
+    expected = one_by_one(model, MANY)
     model.set_attn_implementation("test_method")
-    agree(score_continuations(model, ITEMS["questions"], 4), expected)
+    agree(score_continuations(model, MANY, 4), expected)
     assert scorers == [WholeScorer]
     assert all(mask is None for _, mask in calls)
     assert max(shape[0] for shape, _ in calls) > 1
@@ -133,7 +154,7 @@ def test_a_model_that_ignores_mask_or_positions_is_found_out(ignored, scorers):
             return super().forward(*args, **kwargs)
 
     model.model.__class__ = Deaf
-    agree(score_continuations(model, ITEMS["questions"]), one_by_one(model, ITEMS["questions"]))
+    agree(score_continuations(model, MANY), one_by_one(model, MANY))
     assert scorers == [WholeScorer]
 
 
@@ -147,7 +168,7 @@ def test_a_model_that_refuses_masks(scorers):
             return super().forward(*args, **kwargs)
 
     model.model.__class__ = Refusing
-    agree(score_continuations(model, ITEMS["questions"]), one_by_one(model, ITEMS["questions"]))
+    agree(score_continuations(model, MANY), one_by_one(model, MANY))
     assert scorers == [WholeScorer]
 
 

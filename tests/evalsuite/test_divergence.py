@@ -208,10 +208,11 @@ def test_prompts_lie_all_over_the_text_and_fit_the_window():
 
 
 def test_shares_of_changed_answers():
-    before = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 9, -1, -1], [3, 9, -1, -1]])
-    after = torch.tensor([[1, 2, 3, 4], [5, 0, 7, 8], [1, 9, -1, -1], [3, 3, 3, 9]])
+    before = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 9, -1, -1], [3, 9, -1, -1], [4, 9, -1, -1]])
+    after = torch.tensor([[1, 2, 3, 4], [5, 0, 7, 8], [1, 9, -1, -1], [3, 3, 3, 9], [5, 9, -1, -1]])
     found = compare_answers(before, after)
-    assert (found.prompts, found.tokens) == (4, 4)
-    assert found.changed_answers == 2 / 4
-    # The second is another from its second token on, the last from its second of four; the third has two tokens.
-    assert found.changed_tokens == (3 + 3) / (4 + 4 + 2 + 4)
+    assert (found.prompts, found.tokens) == (5, 4)
+    assert found.changed_answers == 3 / 5
+    # The second is another from its second token on, the fourth too, which has four tokens in one of the models; the
+    # third and the last have two.
+    assert found.changed_tokens == (3 + 3 + 2) / (4 + 4 + 2 + 4 + 2)

@@ -184,6 +184,21 @@ def test_divergence_beside_perplexity(diverged, model, tokenizer, material):
         assert Scores.from_json(json.loads(json.dumps(scores.to_json(), allow_nan=False))) == scores
 
 
+@pytest.mark.parametrize(("tasks", "count"), [(["perplexity"], 5), (["divergence"], 5 + 1), (["sums"], 6)])
+def test_everything_goes_through_the_cache(model, tokenizer, settings, material, tmp_path, tasks, count):
+    used = replace(material, reference=Reference(tmp_path))
+    score(model, tokenizer, tasks, settings, used)
+    made = []
+
+    def cache():
+        made.append(DynamicCache())
+        return made[-1]
+
+    score(model, tokenizer, tasks, settings, used, cache)
+    assert len(made) == count  # a window, all prompts together, a question
+    assert all(one.get_seq_length() > 0 for one in made)
+
+
 def test_two_compressed_models_are_compared_by_their_divergence(diverged, model, tokenizer, material, tmp_path):
     _, one = diverged
     used = replace(material, reference=Reference(tmp_path))

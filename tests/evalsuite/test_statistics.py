@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from compress.evalsuite.statistics import MCNEMAR, PAIRED_T, PAIRED_T_LOG, Paired, mean_and_error, paired
+from compress.evalsuite.statistics import MCNEMAR, PAIRED_T, PAIRED_T_LOG, SIGN, Paired, mean_and_error, paired
 from scipy import stats
 
 
@@ -79,9 +79,14 @@ def test_what_cannot_be_tested():
     assert paired([1.0, 2.0], [math.inf, 2.0]) is None
     alone = paired([2.0], [2.5])
     assert (alone.test, alone.stderr, alone.p_value, alone.stars) == (PAIRED_T, None, None, "")
-    assert paired([2.0, 3.0], [2.5, 3.5]).p_value == 0.0  # the same change every time
     with pytest.raises(ValueError, match="2 and 1 items"):
         paired([1, 2], [1])
+
+
+def test_the_same_change_every_time_is_a_sign_test():
+    found = paired([2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [2.5, 3.5, 4.5, 5.5, 6.5, 7.5], higher_is_better=False)
+    assert (found.test, found.stderr, found.improved, found.worsened) == (SIGN, 0.0, 0, 6)
+    assert found.p_value == pytest.approx(2 / 2**6)
 
 
 @pytest.mark.parametrize(
