@@ -122,7 +122,22 @@ def load_artifact(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         if hasattr(model, "ct_decompress_hook"):
             # left alone, it has weights only after the whole model was called once, and its parts can't be called
             model.hf_quantizer.compressor.decompress_model(model)
+            _unwrap(model)
     return model.eval()
+
+
+def _unwrap(model: PreTrainedModel) -> None:
+    """Take off what decompressing leaves: a wrapper around every forward, and views that keep the whole file mapped."""
+    from compressed_tensors.offload import remove_dispatch
+
+    remove_dispatch(model)
+    for module in model.modules():
+        if "quantization_scheme" not in vars(module):
+            continue
+        for name in ("forward", "quantization_scheme", "quantization_status"):
+            vars(module).pop(name, None)
+        for name in [name for name in (*module._parameters, *module._buffers) if name.startswith("weight_")]:
+            delattr(module, name)
 
 
 def sha256(path: Path) -> str:

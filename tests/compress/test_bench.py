@@ -48,6 +48,7 @@ def copy(artifact: Path, tmp_path: Path) -> Path:
     return shutil.copytree(artifact, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_artifact_against_its_original(copy: Path, tiny: Tiny) -> None:
     line = ["bench", str(copy), "--prompt-tokens", "12", "--new-tokens", "3", "--rounds", "2", "--lengths", "20,6"]
     before = json.loads((copy / "report.json").read_text())

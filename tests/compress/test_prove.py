@@ -66,6 +66,15 @@ def test_the_original_is_scored_once_and_every_report_holds_its_figures(
         assert "perplexity@32" in (folder / "README.md").read_text()
 
 
+def test_a_card_that_was_edited_stays(copies: list[Path], scoring: EvalOptions) -> None:
+    edited, other = (folder / "README.md" for folder in copies)
+    edited.write_text(edited.read_text() + "\nMine.\n")
+    before = edited.read_text(), other.read_text()
+    prove(copies, ["perplexity"], scoring)
+    assert edited.read_text() == before[0]
+    assert other.read_text() != before[1]
+
+
 def test_efficiency_is_measured_for_every_artifact(copies: list[Path], scoring: EvalOptions) -> None:
     prove(copies, [], scoring, QUICK)
     for folder in copies:

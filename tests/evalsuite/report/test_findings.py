@@ -21,7 +21,12 @@ def test_a_plus_is_an_improvement_whatever_the_metric() -> None:
 
 def test_ranges_come_from_the_paired_test_where_it_is_of_the_same_figure() -> None:
     low, high = finding("piqa", "acc", 0.5, 0.45, True, 0.01).gain_range() or (0, 0)
-    assert (low, high) == pytest.approx((-0.1 - 1.96 * 0.005, -0.1 + 1.96 * 0.005))
+    t = 1.9647  # of Student's t for the builder's 500 items
+    assert (low, high) == pytest.approx((-0.1 - t * 0.005, -0.1 + t * 0.005), abs=1e-6)
+    few = {"n": 5, "difference": -0.05, "stderr": 0.0025, "p_value": 0.0}
+    assert finding("piqa", "acc", 0.5, 0.45, True, paired=few).gain_range() == pytest.approx(
+        (-0.1 - 2.776 * 0.005, -0.1 + 2.776 * 0.005), abs=1e-5
+    )
     untested = finding("piqa", "acc", 0.5, 0.45, True).gain_range() or (0, 0)
     assert untested == pytest.approx((-0.1 - 1.96 * 0.01 * math.sqrt(2), -0.1 + 1.96 * 0.01 * math.sqrt(2)))
     logarithm = {"difference": math.log(1.1), "stderr": 0.01, "p_value": 0.0}
