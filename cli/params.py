@@ -75,6 +75,17 @@ class Counts(click.ParamType):
         return tuple(number.convert(item.strip(), param, ctx) for item in value.split(","))
 
 
+def _in_a_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """See that a page can be written, before anything else is done.
+
+    Raises:
+        InputError: its folder doesn't exist.
+    """
+    if value is not None and not value.absolute().parent.is_dir():
+        raise InputError("--html", value, f"there is no folder {value.absolute().parent}")
+    return value
+
+
 def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         # Hugging Face's libraries read the variable once, when they are imported, which no command has done yet.
@@ -85,6 +96,12 @@ task_path_option = click.option(
     "--task-path",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with lm-eval task files; data files are relative to the task file.",
+)
+page_option = click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_in_a_folder,
+    help="Also write a page with charts.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from compress.calibrate.errors import InputError
 from compress.cli.eval import eval_options
-from compress.cli.params import Names, json_option, machine_options, show
+from compress.cli.params import Names, json_option, machine_options, page_option, show
 
 from compress.options import BenchOptions, EvalOptions
 
@@ -25,7 +24,7 @@ ROUNDS = 3
 )
 @click.option("--baseline", metavar="MODEL", help="The original.  [default: where the reports say]")
 @click.option("--bench/--no-bench", default=True, show_default=True, help="Measure size, memory and speed too.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page of all of them.")
+@page_option
 @eval_options
 @machine_options
 @json_option
@@ -39,21 +38,18 @@ def prove_command(
     \b
     compress prove out/SmolLM2-W4-g64 out/SmolLM2-W3-g64 --tasks perplexity,divergence,piqa,passkey --html proof.html
     """
-    if html is not None and not html.absolute().parent.is_dir():
-        raise InputError("--html", html, f"there is no folder {html.absolute().parent}")
     scoring = EvalOptions(**options)
     bench_options = None
     if bench:
         bench_options = BenchOptions(rounds=ROUNDS, device=scoring.device, trust_remote_code=scoring.trust_remote_code)
     from compress.cli.console import Console
-    from compress.evalsuite.report import render_comparison
 
+    from compress.comparison import write_comparison
     from compress.prove import prove
-    from compress.work import write_text
 
     with Console() as console:
         comparison = prove(artifacts, tasks, scoring, bench_options, console.on_event)
     show(comparison.lines(), comparison.to_json(), as_json)
     if html is not None:
-        write_text(html, render_comparison(list(zip(comparison.names, comparison.reports, strict=True))))
+        write_comparison(html, comparison)
         click.echo(f"page: {html}", err=True)

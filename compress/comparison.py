@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibrate.errors import InputError
-from compress.evalsuite.report import Comparison, compare_reports
+from compress.evalsuite.report import Comparison, compare_reports, render_comparison
 from compress.report_page import stored_report
+from compress.work import write_text
 
 
 def compare_artifacts(paths: Sequence[Path]) -> Comparison:
@@ -38,6 +39,11 @@ def named_reports(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
             raise InputError("ARTIFACT", path, "is named twice")
     reports = [stored_report(path, "ARTIFACT") for path in paths]
     return list(zip(_names(resolved), reports, strict=True))
+
+
+def write_comparison(page: Path, comparison: Comparison) -> None:
+    """Write a comparison as one HTML file."""
+    write_text(page, render_comparison(list(zip(comparison.names, comparison.reports, strict=True))))
 
 
 def _names(places: Sequence[Path]) -> list[str]:
