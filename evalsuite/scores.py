@@ -6,7 +6,7 @@ from typing import Any
 
 from compress.evalsuite.divergence import Divergence
 from compress.evalsuite.greedy import GreedyChange
-from compress.evalsuite.longcontext import Cell
+from compress.evalsuite.longcontext import Cell, grid
 from compress.evalsuite.perplexity import Perplexity
 from compress.evalsuite.settings import EvalSettings
 
@@ -75,9 +75,7 @@ class Scores:
         for metric in data["metrics"]:
             # Right or wrong: 1 rather than 1.0, for the sake of thousands of them.
             metric["items"] = metric["items"] and [_short(item) for item in metric["items"]]
-        for cell in data["long_context"]:
-            del cell["answers"]
-        return data
+        return data | {"long_context": finite(grid(self.long_context))}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Scores":
