@@ -17,7 +17,7 @@ help: ## Show this list
 
 setup: $(INSTALLED) $(MODEL) ## Create .venv, install everything, fetch the embedded model
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml $(wildcard kernels/native/*.cpp kernels/native/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
