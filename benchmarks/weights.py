@@ -28,6 +28,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "rotated GPTQ": ("rsq", ["weights.importance=none"]),
     "RSQ": ("rsq", []),
     "RSQ W4": ("rsq", ["weights.bits=4"]),
+    "RSQ W4, tuned": ("rsq-tuned", []),
 }
 
 

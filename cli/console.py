@@ -8,7 +8,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
 
-from compress.events import Event, LayerDone, LayerStarted, Message, ModuleDone, StageDone, StageStarted
+from compress.events import Event, LayerDone, LayerStarted, Message, ModuleDone, StageDone, StageStarted, StepDone
 
 
 class Console:
@@ -43,9 +43,9 @@ class Console:
     def on_event(self, event: Event) -> None:
         """Show one event; hand this to ``compress.run(on_event=...)``."""
         match event:
-            case StageStarted(name, total):
+            case StageStarted(name, total, unit):
                 self._stage = name
-                self._line(f"{name}: {total} layers" if total else name)
+                self._line(f"{name}: {total} {unit}" if total else name)
                 self._replace_bar(total)
             case LayerStarted(index, total):
                 self._update_bar(f"{self._stage} {index + 1}/{total}")
@@ -55,6 +55,10 @@ class Console:
                 self._update_bar(f"{self._stage} {index + 1}/{total}", completed=index + 1)
                 if not self._terminal.is_terminal:
                     self._line(f"layer {index + 1}/{total} done  {seconds:.1f} s")
+            case StepDone(index, total, seconds, told):
+                self._update_bar(f"{self._stage} {index + 1}/{total}  {told}", completed=index + 1)
+                if not self._terminal.is_terminal:
+                    self._line(f"step {index + 1}/{total} done  {told}  {seconds:.1f} s")
             case Message(text, level):
                 self._line(f"warning: {text}" if level == "warning" else text)
             case StageDone(name, seconds):

@@ -11,10 +11,11 @@ Level = Literal["info", "warning"]
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins; ``total`` is its number of layers, 0 when it doesn't go layer by layer."""
+    """A stage begins; ``total`` is its number of layers, or of what ``unit`` says; 0 when it isn't counted."""
 
     name: str
     total: int = 0
+    unit: str = "layers"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,16 @@ class LayerDone:
 
 
 @dataclass(frozen=True)
+class StepDone:
+    """A step of a stage that doesn't go layer by layer; ``index`` counts from 0, ``told`` is what came of it."""
+
+    index: int
+    total: int
+    seconds: float
+    told: str
+
+
+@dataclass(frozen=True)
 class Message:
     """One line for the user."""
 
@@ -75,4 +86,4 @@ class StageDone:
     seconds: float
 
 
-Event = StageStarted | LayerStarted | ModuleDone | LayerDone | Message | StageDone
+Event = StageStarted | LayerStarted | ModuleDone | LayerDone | StepDone | Message | StageDone

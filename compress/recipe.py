@@ -54,6 +54,13 @@ class Recipe(Section):
                 "the Hessian needs calibration text, and the recipe has no section 'calibration'",
                 fix="add the section (`calibration: {}` or --calibration auto), or use method rtn",
             )
+        if self.weights is not None and self.weights.tune_epochs and self.calibration is None:
+            raise InputError(
+                "weights.tune_epochs",
+                self.weights.tune_epochs,
+                "tuning needs calibration text, and the recipe has no section 'calibration'",
+                fix="add the section (`calibration: {}` or --calibration auto), or set weights.tune_epochs=0",
+            )
         return self
 
     @classmethod
@@ -63,7 +70,8 @@ class Recipe(Section):
         Args:
             source: the name of a shipped recipe, the path of a ``.yaml`` file, the same content as a mapping, or a
                 recipe.
-            overrides: ``section.key=value`` with the value as YAML, ``name=text``, or ``section=null``, in order.
+            overrides: ``section.key=value`` with the value as YAML, ``name=text``, or ``section=null``, in order;
+                ``section?.key=value`` is only for a recipe that has the section.
 
         Raises:
             InputError: unknown recipe, section or key; a value of the wrong type or out of range; keys that exclude
@@ -222,6 +230,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     """Put one ``section.key=value`` into ``data``."""
     target, equals, text = override.partition("=")
     section, dot, key = target.strip().partition(".")
+    optional = bool(dot) and section.endswith("?")
+    section = section.removesuffix("?") if optional else section
     if not equals:
         raise InputError("--set", override, "has no '='", allowed="section.key=value, as in weights.bits=4")
     try:
@@ -235,7 +245,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise _unknown("section", section, section, [*SECTIONS, *_TEXTS])
     if dot:
         _check_key(section, key)
-        data[section] = {**(data.get(section) or {}), key: value}
+        if not optional or data.get(section) is not None:
+            data[section] = {**(data.get(section) or {}), key: value}
     elif value is None:
         data[section] = None
     else:

@@ -161,6 +161,16 @@ class Weights(Section):
         description="Exponent of the importance in the Hessian: 1 is RSQ's code, 2 is what the paper writes.",
     )
     lm_head_bits: Literal[8, 16] = Field(default=16, description="Width of the output head: 16 leaves it as it is.")
+    tune_epochs: int = Field(
+        default=0,
+        ge=0,
+        description="Passes over the text in which scales and norms, not codes, learn from the dense model's answers"
+        " after all layers are solved; 0 leaves them as they are.",
+    )
+    tune_lr: float = Field(
+        default=4e-4, gt=0, description="Learning rate of that: the relative change of a scale in one step."
+    )
+    tune_batch: int = Field(default=2, ge=1, description="Windows a step of that.")
     overrides: Annotated[dict[str, Bits], AfterValidator(_patterns)] = Field(
         default_factory=dict,
         description="Other bits for modules in whose name the pattern is found, as in {'down_proj$': 4}; the first"

@@ -155,6 +155,9 @@ def estimate(facts: ModelFacts, recipe: Recipe) -> Estimate:
     measured = calibration is not None
     solving = sum(2 * f.out_features * f.in_features**2 for f in linears.values()) * (3 + 2 * settings.sweeps)
     flops = 2 * tokens * layer_weights + attention + measured * (1.3 * tokens * squares + solving)
+    flops *= facts.num_layers
+    if settings.tune_epochs and calibration is not None:
+        flops += _tuning_flops(facts, calibration.samples, length, settings.tune_epochs)
     width = 2 * hidden + linears["o"].in_features + widest  # inputs and outputs, attention, MLP
     scratch = ActivationFile.nbytes((samples, length, width))
     result = artifact_bytes(facts, recipe)
@@ -164,7 +167,7 @@ def estimate(facts: ModelFacts, recipe: Recipe) -> Estimate:
     memory = shares + layer_weights * 12 + widest**2 * 24 + vocab * hidden * (8 + 4) + len(inputs) * length * widest * 4
     return Estimate(
         lines=_lines(facts, recipe, size, residual, per_head),
-        flops=flops * facts.num_layers,
+        flops=flops,
         scratch_bytes=scratch + result,
         memory_bytes=memory + scratch,
         artifact_bytes=result,
@@ -179,6 +182,15 @@ def estimate(facts: ModelFacts, recipe: Recipe) -> Estimate:
             "modules": _modules(facts, settings),
         },
     )
+
+
+def _tuning_flops(facts: ModelFacts, windows: int, length: int, epochs: int) -> float:
+    """Of end-to-end tuning: the dense model once; each epoch forward, forward again and back, and two heads."""
+    tokens, vocabulary = windows * length, facts.config.vocab_size * facts.config.hidden_size
+    linears = sum(fact.out_features * fact.in_features for fact in facts.linears(0).values()) * facts.num_layers
+    attention = 2 * length * facts.config.num_attention_heads * facts.head_dim * facts.num_layers / 2
+    forward = 2.0 * tokens * (linears + attention)
+    return forward + epochs * (4 * forward + 6 * tokens * vocabulary)
 
 
 def _modules(facts: ModelFacts, settings: Weights) -> list[dict[str, Any]]:
@@ -204,6 +216,11 @@ def _lines(facts: ModelFacts, recipe: Recipe, size: int, residual: str, heads: s
     if unties(facts, settings):
         lines.append(
             "the head is stored apart from the embedding it was tied to, because the final norm is fused into it"
+        )
+    if settings.tune_epochs:
+        lines.append(
+            f"then scales and norms learn from the dense model's answers: {settings.tune_epochs} epochs, learning rate "
+            f"{settings.tune_lr:g}, {settings.tune_batch} windows a step"
         )
     if settings.lm_head_bits == 8:
         told = "8 bits, rounded to nearest" if head_bits(facts, settings) == 8 else "not quantized: it stays tied"

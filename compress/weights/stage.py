@@ -5,7 +5,7 @@ the solver (weights/gptq.py). A finished layer leaves its tensors, and the input
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from compress.calibrate.windows import expand
 from compress.calibrate.workers import Workers, one_thread
 from compress.events import LayerDone, LayerStarted, Message, ModuleDone, StageDone, StageStarted
 from compress.job import Estimate, Job, Result
-from compress.model import ModelFacts
+from compress.model import ModelFacts, run_layer
 from compress.recipe import Recipe
 from compress.schema import Weights
 from compress.scheme import Scheme
@@ -30,6 +30,8 @@ from compress.weights.grid import Grid
 from compress.weights.layer import Quantized, Streams, Work, quantize_layer
 from compress.weights.observe import Pieces
 from compress.weights.rotation import Rotations, describe, make_rotations, rotate_layer, rotate_rows, unties
+from compress.weights.tuning import Parts
+from compress.weights.tuning_run import Tuned, tune
 
 PROBE_TOKENS = 64  # of the reload check
 HEAD_ROWS = 8192  # of the output head, quantized at once
@@ -89,8 +91,9 @@ class _Run:
         for file in scratch:
             file.path.unlink(missing_ok=True)
         seconds = time.perf_counter() - started
-        job.result = self._result()
-        job.report["weights"] = self._report()
+        tuned = self._tuned()
+        job.result = self._result(tuned)
+        job.report["weights"] = self._report() | {"tuning": None if tuned is None else tuned.report}
         job.emit(StageDone("weights", seconds))
 
     def _ends(self) -> None:
@@ -209,30 +212,68 @@ class _Run:
         )
         return attention, mlp
 
-    def _result(self) -> Result:
-        job, view = self.job, self.job.view
-        folder = job.folder.path
-        layers = [folder / _layer_file(index) for index in range(view.num_layers)]
-        head = [folder / "head.safetensors"] if not view.tied or self.untied else []
+    def _tuned(self) -> Tuned | None:
+        """The layers after end-to-end tuning, if the recipe asks for it."""
+        section, text = self.job.recipe.calibration, self.job.calibration
+        if not self.settings.tune_epochs or section is None or text is None:
+            return None
+        return tune(self.job, self.settings, self._parts(), text.ids, self.work.workers)
+
+    def _parts(self) -> Parts:
+        """The files that the layers' passes left."""
+        view, folder = self.job.view, self.job.folder.path
+        own_head = not view.tied or self.untied
+        return Parts(
+            layers=[folder / _layer_file(index) for index in range(view.num_layers)],
+            embed=folder / "embed.safetensors",
+            norm=folder / "norm.safetensors",
+            head=folder / ("head.safetensors" if own_head else "embed.safetensors"),
+            bits={name: scheme.bits for name, scheme in self._schemes().items()},
+        )
+
+    def _schemes(self) -> dict[str, Scheme]:
         schemes = {module["name"]: self._scheme(module["bits"]) for module in self.state["modules"]}
         if self.head_bits == 8:
-            schemes[view.family.head] = self._head_scheme()
+            schemes[self.job.view.family.head] = self._head_scheme()
+        return schemes
+
+    def _result(self, tuned: Tuned | None) -> Result:
+        parts = self._parts()
+        hidden = self._hidden(self.job.view.num_layers)[0][:PROBE_TOKENS]
+        if tuned is not None and tuned.report["kept"]:
+            parts = replace(parts, layers=tuned.layers, norm=tuned.norm)
+            hidden = self._last_hidden(parts)
         return Result(
-            parts=[folder / "embed.safetensors", *layers, folder / "norm.safetensors", *head],
-            schemes=schemes,
+            parts=[parts.embed, *parts.layers, parts.norm, *([parts.head] if parts.head != parts.embed else [])],
+            schemes=self._schemes(),
             untied=self.untied,
             dtype=self.dtype,
             probe=self.work.ids[0, :PROBE_TOKENS].clone(),
-            logits=self._logits(head[0] if head else folder / "embed.safetensors"),
+            logits=self._logits(hidden, parts),
         )
 
-    def _logits(self, file: Path) -> Tensor:
+    def _last_hidden(self, parts: Parts) -> Tensor:
+        """The probe's residual stream ``[tokens, hidden]`` after the layers of some files."""
+        view = self.job.view
+        ids = self.work.ids[0, :PROBE_TOKENS]
+        hidden = load_file(parts.embed)[f"{view.family.embed}.weight"][ids].float().unsqueeze(0)
+        positions = view.position_embeddings(len(ids))
+        for index, path in enumerate(parts.layers):
+            tensors, prefix = load_file(path), f"{view.family.layers}.{index}."
+            weights = {name.removeprefix(prefix): t.float() for name, t in tensors.items() if ".weight_" not in name}
+            for name in (name for name in parts.bits if name.startswith(prefix)):
+                weights[f"{name.removeprefix(prefix)}.weight"] = dequantized(tensors, name, parts.bits[name])
+            layer = view.build_layer(index, weights)
+            hidden = run_layer(layer, hidden, positions, view.attention_mask(index, len(ids)))
+        return hidden[0]
+
+    def _logits(self, hidden: Tensor, parts: Parts) -> Tensor:
         """The quantized model's answer to the probe: the last hidden states, final norm, head."""
         view = self.job.view
-        hidden = self._hidden(view.num_layers)[0][:PROBE_TOKENS].double()
-        gain = load_file(self.job.folder.path / "norm.safetensors")[f"{view.family.final_norm}.weight"].double()
+        hidden = hidden.double()
+        gain = load_file(parts.norm)[f"{view.family.final_norm}.weight"].double()
         normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + view.config.rms_norm_eps) * gain
-        tensors = load_file(file)
+        tensors = load_file(parts.head)
         if self.head_bits == 8:
             head = dequantized(tensors, view.family.head, 8)
         else:
