@@ -1,6 +1,7 @@
 """``compress eval``: score a model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -100,9 +101,19 @@ def eval_options(command: F) -> F:
 )
 @click.option("--baseline", metavar="MODEL", help="The original, laid beside the model item by item.")
 @eval_options
+@click.option(
+    "--output",
+    "-o",
+    metavar="DIR|FILE.json",
+    type=click.Path(path_type=Path),
+    help="Write lm-eval's own files into DIR/MODEL, or what --json prints into a file.",
+)
+@click.option("--log-samples", is_flag=True, help="With --output DIR: every question with its answer, too.")
 @machine_options
 @json_option
-def eval_command(model: str, tasks: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def eval_command(
+    model: str, tasks: tuple[str, ...], output: Path | None, log_samples: bool, as_json: bool, **options: Any
+) -> None:
     """Score MODEL (Hub id, folder, artifact or .gguf file): perplexity, long context, lm-eval's tasks.
 
     Beside a --baseline every row has a p-value: how likely so large a difference would be by chance.
@@ -113,7 +124,11 @@ def eval_command(model: str, tasks: tuple[str, ...], as_json: bool, **options: A
     """
     if not tasks:
         raise InputError("--tasks", "none", "there is nothing to score", fix="name a task, e.g. perplexity")
+    if log_samples and output is None:
+        raise InputError("--log-samples", None, "there is no folder for them", fix="name one: --output DIR")
+    from compress.eval_output import Output
     from compress.evaluate import evaluate
 
-    outcome = evaluate(model, list(tasks), EvalOptions(**options))
+    place = None if output is None else Output(output, log_samples)
+    outcome = evaluate(model, list(tasks), EvalOptions(**options), output=place)
     show(outcome.lines(), outcome.to_json(), as_json)

@@ -103,6 +103,13 @@ page_option = click.option(
     callback=_in_a_folder,
     help="Also write a page with charts.",
 )
+activations_option = click.option(
+    "--activations",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="What packed layers multiply on a CPU; int8 is faster and less exact.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 _RECIPE_OPTIONS = (
@@ -114,7 +121,12 @@ _RECIPE_OPTIONS = (
     click.option("--calibration", metavar="SRC", help="Calibration text (calibration.source)."),
     click.option("--eval", "eval_tasks", type=Names(), help="Tasks to score (eval.tasks); `none` skips scoring."),
     task_path_option,
-    click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of every random choice (calibration.seed)."),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Of every random choice (calibration.seed and eval.seed).",
+    ),
 )
 _MACHINE_OPTIONS = (
     click.option("--device", type=Device(), default="auto", show_default=True, help="Or cpu, cuda, cuda:N."),

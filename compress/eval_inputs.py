@@ -1,7 +1,7 @@
 """What an evaluation needs beside models: settings, texts, data. What can be wrong with them is found here."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from compress.calibrate.errors import InputError
 from compress.calibrate.hub import hub_problem
 from compress.calibrate.text import PYDOC, check_text, open_text
 from compress.evalsuite.catalogue import harness_tasks, long_context_tasks, text_tasks, validate_tasks
-from compress.evalsuite.harness import load_tasks
+from compress.evalsuite.harness import Samples, load_tasks
 from compress.evalsuite.longcontext import check_long_context
 from compress.evalsuite.longcontext import prepare as prepare_prompts
 from compress.evalsuite.score import Material, long_settings, tokenise
+from compress.evalsuite.scores import Scores
 from compress.evalsuite.settings import EvalSettings
 from compress.evalsuite.sliding import check_windows, lay_out
 from compress.options import EvalOptions
@@ -42,9 +43,10 @@ class Prepared:
     Attributes:
         tasks: what to score.
         settings: how.
-        material: texts.
+        material: texts and lm-eval's tasks.
         text: origin of the text of perplexity and divergence, if it was asked for.
         haystack: origin of the text around needles, if long-context tasks were asked for.
+        on_scores: told which model was scored (its name, or ``original``), its scores, and what lm-eval logged.
     """
 
     tasks: tuple[str, ...]
@@ -52,6 +54,7 @@ class Prepared:
     material: Material
     text: str | None
     haystack: str | None
+    on_scores: Callable[[str, Scores, Samples], object] | None = None
 
 
 def check_eval(asked: Asked, tasks: Sequence[str], context: int | None) -> None:
@@ -95,15 +98,17 @@ def prepare_eval(asked: Asked, tasks: Sequence[str], tokenizer: Any) -> Prepared
         tokenizer: of the models.
 
     Raises:
-        InputError: the data of a task can't be had: it is missing, or out of reach without the network; a text that
+        InputError: the data of a task can't be had (it is missing, or out of reach without the network) or doesn't fit
+            its task file; a text that
             can't be read or is shorter than a window; a prompt too short for its task; questions in a chat template
             for a model that has none.
     """
     settings = settings_of(asked)
+    loaded = None
     if named := harness_tasks(tasks):
         if settings.apply_chat_template and not tokenizer.chat_template:
             raise InputError("eval.apply_chat_template", "true", "the model has no chat template")
-        load_tasks(named, settings)
+        loaded = load_tasks(named, settings)
     text = open_eval_text(asked.text, "eval.text") if text_tasks(tasks) else None
     haystack, place = None, None
     if long := long_context_tasks(tasks):
@@ -116,7 +121,8 @@ def prepare_eval(asked: Asked, tasks: Sequence[str], tokenizer: Any) -> Prepared
     tokens = None if text is None else tokenise(text, tokenizer)
     if tokens is not None:
         lay_out(tokens.ids.numel(), settings.window, settings.stride, settings.windows)
-    return Prepared(tuple(tasks), settings, Material(tokens, haystack), None if text is None else text.origin, place)
+    material = Material(tokens, haystack, tasks=loaded)
+    return Prepared(tuple(tasks), settings, material, None if text is None else text.origin, place)
 
 
 def settings_of(asked: Asked) -> EvalSettings:

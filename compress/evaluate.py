@@ -14,9 +14,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from compress.calibrate.errors import InputError
 from compress.device import pick_device
 from compress.eval_inputs import Prepared, check_context, check_eval, prepare_eval
+from compress.eval_output import Output
 from compress.evalsuite.catalogue import DIVERGENCE
 from compress.evalsuite.compare import Row, compare, markdown_table
 from compress.evalsuite.divergence import Reference
+from compress.evalsuite.harness import Samples
 from compress.evalsuite.score import score, tokenizer_fingerprint
 from compress.evalsuite.scores import Scores, finite
 from compress.evalsuite.statistics import EXPLANATION
@@ -119,6 +121,7 @@ def evaluate(
     tasks: list[str],
     options: EvalOptions | None = None,
     cache: Callable[[], Cache] | None = None,
+    output: Output | None = None,
 ) -> EvalOutcome:
     """Score a model, and a baseline on the same items if one is named.
 
@@ -128,10 +131,11 @@ def evaluate(
         options: how.
         cache: makes a fresh transformers ``Cache`` for each sequence that the model, not the baseline, is scored on or
             generates; None is the model's own.
+        output: where the figures are written; None writes nothing.
 
     Raises:
-        InputError: as ``check_eval``, ``prepare_eval`` and :func:`compress.load`; divergence without a baseline; a
-            baseline with another tokenizer.
+        InputError: as ``check_eval``, :meth:`Output.check`, ``prepare_eval`` and :func:`compress.load`; divergence
+            without a baseline; a baseline with another tokenizer.
     """
     options = options or EvalOptions()
     if not tasks:
@@ -140,19 +144,30 @@ def evaluate(
         problem = "compares with a dense model, and none is named"
         raise InputError("--tasks", DIVERGENCE, problem, fix="name the original: --baseline MODEL")
     check_eval(options, tasks, None)
+    if output is not None:
+        output.check(tasks)
     device = pick_device(options.device)
     found = find(model, trust_remote_code=options.trust_remote_code)
-    other = None if options.baseline is None else _baseline(options.baseline, options, found.tokenizer)
+    other = None if options.baseline is None else _baseline(options.baseline, options, found)
     contexts = [one.context for one in (found, other) if one is not None and one.context is not None]
     check_context(options, tasks, min(contexts, default=None))
     prepared = prepare_eval(options, tasks, found.tokenizer)
-    return score_models(
+    if output is not None:
+        names = {"compressed": model, "original": options.baseline or ""}
+        template = found.tokenizer.get_chat_template() if options.apply_chat_template else None
+        prepared = replace(
+            prepared, on_scores=lambda which, scores, samples: output.keep(names[which], scores, samples, template)
+        )
+    outcome = score_models(
         partial(load_to, found, device),
         None if other is None else partial(load_to, other, device),
         found.tokenizer,
         prepared,
         cache,
     )
+    if output is not None:
+        output.finish(outcome.to_json())
+    return outcome
 
 
 def score_models(
@@ -195,8 +210,12 @@ def score_all(
 
     def measure(which: str, load: Open, cache: Callable[[], Cache] | None) -> Scores:
         started = time.perf_counter()
-        scores = score(load(), tokenizer, prepared.tasks, prepared.settings, material, cache)
+        samples: Samples = {}
+        used = material if prepared.on_scores is None else replace(material, on_samples=samples.update)
+        scores = score(load(), tokenizer, prepared.tasks, prepared.settings, used, cache)
         release()
+        if prepared.on_scores is not None:
+            prepared.on_scores(which, scores, samples)
         told(which, time.perf_counter() - started)
         return scores
 
@@ -230,22 +249,43 @@ def eval_section(settings: dict[str, Any], outcome: EvalOutcome) -> dict[str, An
     }
 
 
+def token_problem(model: Unloaded, other: Unloaded, name: str) -> str | None:
+    """Why a model can't be compared with another one token by token, from their configs and tokenizers alone.
+
+    Embeddings of different sizes are no reason where they are only padded.
+
+    Args:
+        model: what the clause is about.
+        other: what it is compared with.
+        name: what the other is called.
+
+    Returns:
+        A clause, or None where they can be compared.
+    """
+    if tokenizer_fingerprint(model.tokenizer) != tokenizer_fingerprint(other.tokenizer):
+        return f"has another tokenizer than {name}, so that their figures can't be compared"
+    sizes, tokens = (model.vocabulary, other.vocabulary), max(model.tokenizer.get_vocab().values()) + 1
+    if None not in sizes and sizes[0] != sizes[1] and min(size for size in sizes if size is not None) < tokens:
+        rows = f"{sizes[0]} rows, that of {name} {sizes[1]}"
+        return f"can't be compared: its embedding has {rows}, and their tokenizer has {tokens} tokens"
+    return None
+
+
 def load_to(found: Unloaded, device: torch.device) -> PreTrainedModel:
     """Load a model for scoring, in float32."""
     return found.load(torch.float32).to(device)
 
 
-def _baseline(name: str, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> Unloaded:
+def _baseline(name: str, options: EvalOptions, model: Unloaded) -> Unloaded:
     """The baseline, not loaded.
 
     Raises:
-        InputError: no such model, or one with another tokenizer.
+        InputError: no such model, or one with other tokens.
     """
     try:
         found = find(name, trust_remote_code=options.trust_remote_code)
     except InputError as error:
         raise error.under("--baseline") from error
-    if tokenizer_fingerprint(found.tokenizer) != tokenizer_fingerprint(tokenizer):
-        problem = "has another tokenizer than the model, so that their figures can't be compared"
+    if problem := token_problem(found, model, "the model"):
         raise InputError("--baseline", name, problem, fix="name the model that was compressed")
     return found

@@ -7,6 +7,7 @@ Plain frozen dataclasses with the defaults of the command line, so that a Python
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PERPLEXITY_WINDOW = 1024
 PERPLEXITY_WINDOWS = 24
@@ -27,7 +28,8 @@ class RunOptions:
         task_path: replaces ``eval.task_path``, a folder of lm-eval task files.
         resume: continue an interrupted run in the same folder; False starts over.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        seed: replaces ``calibration.seed``, from which every random choice of a run derives.
+        seed: replaces ``calibration.seed``, from which every random choice of a run derives, and, where the recipe
+            scores, ``eval.seed`` unless ``set`` gives that.
         trust_remote_code: let a model's own Python code run.
         dry_run: stop after the plan.
         push: ``ORG/NAME`` on the Hub, where the finished artifact goes; account and name are checked first of all.
@@ -59,6 +61,8 @@ class RunOptions:
             own.append(f"eval.tasks={json.dumps(self.eval_tasks, ensure_ascii=False)}")
         if self.task_path is not None and self.eval_tasks != ():
             own.append(f"eval.task_path={json.dumps(str(self.task_path), ensure_ascii=False)}")
+        if self.seed is not None and not any(entry.partition("=")[0].strip() == "eval.seed" for entry in self.set):
+            own.append(f"eval?.seed={self.seed}")  # without a section "eval", nothing is to be scored
         return (*self.set, *own)
 
 
@@ -114,6 +118,7 @@ class GenerateOptions:
         temperature: 0 takes the likeliest token every time, above that tokens are sampled.
         seed: of the sampling.
         chat: wrap the prompt in the model's chat template; None does so if the model has one.
+        activations: what packed layers multiply on a CPU: ``float``, or activations rounded to 8 bits (``int8``).
         device: as in :class:`RunOptions`.
         trust_remote_code: let a model's own Python code run.
     """
@@ -122,6 +127,38 @@ class GenerateOptions:
     temperature: float = 0.0
     seed: int = 0
     chat: bool | None = None
+    activations: Literal["float", "int8"] = "float"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options of ``compress serve``.
+
+    Attributes:
+        host: address to listen at; only this machine reaches the default.
+        port: of the server; 0 takes any that is free.
+        api_key_file: file with the key that requests must bear; None lets everyone in.
+        served_name: what requests call the model; None is the name of its folder or file.
+        max_request_bytes: of a request's body.
+        max_concurrent: requests that generate at the same time.
+        max_queue: requests that may wait; further ones are sent away.
+        grace_seconds: how long requests may go on after the server was told to stop.
+        activations: as in :class:`GenerateOptions`.
+        device: as in :class:`RunOptions`.
+        trust_remote_code: let a model's own Python code run.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    served_name: str | None = None
+    max_request_bytes: int = 4 * 2**20
+    max_concurrent: int = 2
+    max_queue: int = 64
+    grace_seconds: int = 30
+    activations: Literal["float", "int8"] = "float"
     device: str = "auto"
     trust_remote_code: bool = False
 

@@ -17,8 +17,7 @@ from compress.comparison import named_reports
 from compress.device import pick_device
 from compress.eval_inputs import check_eval, prepare_eval
 from compress.evalsuite.report import Comparison, compare_reports
-from compress.evalsuite.score import tokenizer_fingerprint
-from compress.evaluate import eval_section, load_to, score_all
+from compress.evaluate import eval_section, load_to, score_all, token_problem
 from compress.events import Event, Message, StageDone, StageStarted
 from compress.options import BenchOptions, EvalOptions
 from compress.report_page import update_report
@@ -84,8 +83,8 @@ def prove(
 
 def _artifact(folder: Path, dense: Unloaded, options: EvalOptions) -> Unloaded:
     found = find(folder, trust_remote_code=options.trust_remote_code)
-    if tokenizer_fingerprint(found.tokenizer) != tokenizer_fingerprint(dense.tokenizer):
-        raise InputError("ARTIFACT", folder, "has another tokenizer than the original")
+    if problem := token_problem(found, dense, "the original"):
+        raise InputError("ARTIFACT", folder, problem)
     return found
 
 

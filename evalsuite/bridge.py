@@ -14,6 +14,7 @@ from compress.evalsuite.head import CacheFactory
 from compress.evalsuite.logits import Answer
 from compress.evalsuite.prefix_tree import Continuation
 from compress.evalsuite.settings import EvalSettings
+from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import (
     Collator,
@@ -25,6 +26,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import Cache
 
 TokenRequest = tuple[Any, list[int], list[int]]
 """What lm-eval calls a request here: its texts or None, the context's tokens, the continuation's tokens."""
@@ -80,6 +82,19 @@ class LoadedModel(HFLM):
             batch_size=settings.batch_size,
             max_length=settings.max_length,
         )
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation in the model's chat template.
+
+        Raises:
+            InputError: the template refuses it.
+        """
+        try:
+            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        except TemplateError as error:
+            problem = f"the model's chat template refuses a question: {' '.join(str(error).split())}"
+            raise InputError("eval.apply_chat_template", "true", problem) from error
+        return text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """Log-likelihood of each continuation in nats, and whether it is what greedy decoding gives.
@@ -146,7 +161,8 @@ class LoadedModel(HFLM):
             # Samples are drawn from one generator, in order.
             Workers(1 if sampled or self.device.type != "cpu" else None) as workers,
         ):
-            for texts in workers.map(self._generate, batches):
+            jobs = ((batch, None if self._cache is None else self._cache()) for batch in batches)
+            for texts in workers.map(self._generate, jobs):
                 found += texts
                 done(len(texts))
         answers = order.get_original(found)
@@ -212,10 +228,11 @@ class LoadedModel(HFLM):
         options.setdefault("max_length", ids.shape[1] + room)
         return _Prompts(ids, mask, until, options)
 
-    def _generate(self, prompts: _Prompts) -> list[str]:
+    def _generate(self, job: tuple[_Prompts, Cache | None]) -> list[str]:
+        prompts, cache = job
         options = dict(prompts.options)
-        if self._cache is not None:
-            options["past_key_values"] = self._cache()
+        if cache is not None:
+            options["past_key_values"] = cache
         ids = self._model_generate(
             context=prompts.ids.to(self.device),
             attention_mask=prompts.mask.to(self.device),

@@ -46,6 +46,15 @@ class Selection:
     builtin: dict[str, Path] = field(default_factory=dict)
     tags: dict[str, set[str]] = field(default_factory=dict)
 
+    def file(self, name: str) -> Path | None:
+        """The file of a task or group; None for a tag, and for a task that is written out in a group's file."""
+        return self.local[name].path if name in self.local else self.builtin.get(name)
+
+    def members(self, name: str) -> list[str]:
+        """The names that a tag, or a group of the user's folder, stands for; none for a task."""
+        own = self.local[name].children if name in self.local else ()
+        return sorted(self.tags.get(name, own))
+
 
 def validate_tasks(tasks: Sequence[str], task_path: str | None = None) -> None:
     """See that tasks can be run, before any model is loaded; takes well under a second.

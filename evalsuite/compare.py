@@ -156,7 +156,7 @@ def _row(before: Metric, after: Metric) -> Row:
         test = paired(
             before.items,
             after.items,
-            higher_is_better=before.higher_is_better is not False,
+            higher_is_better=before.higher_is_better,
             log=before.log,
             weights=before.weights,
         )

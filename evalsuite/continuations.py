@@ -29,7 +29,7 @@ class Scorer(Protocol):
     """One way to score."""
 
     def jobs(self) -> Iterable[Any]:
-        """What there is to do, in parts that don't depend on each other."""
+        """What there is to do, in parts that don't depend on each other; iterated over in one thread."""
 
     def run(self, job: Any) -> list[tuple[int, Answer]]:
         """Do one part, in any thread: numbers of items and their answers."""
@@ -139,27 +139,28 @@ class CacheScorer:
     def __init__(self, logits: TokenLogits, items: Sequence[Continuation], cache: CacheFactory) -> None:
         self._logits, self._items, self._cache = logits, items, cache
 
-    def jobs(self) -> list[list[int]]:
-        """Items of the same context, the longest contexts first."""
+    def jobs(self) -> Iterator[tuple[list[int], Cache]]:
+        """Items of the same context with a cache for them, the longest contexts first."""
         same: dict[tuple[int, ...], list[int]] = {}
         for index, item in enumerate(self._items):
             same.setdefault(item.tokens[: item.context], []).append(index)
-        return sorted(same.values(), key=lambda group: -self._items[group[0]].context)
+        for group in sorted(same.values(), key=lambda group: -self._items[group[0]].context):
+            yield group, self._cache()  # here, since jobs are asked for in one thread
 
-    def run(self, job: list[int]) -> list[tuple[int, Answer]]:
+    def run(self, job: tuple[list[int], Cache]) -> list[tuple[int, Answer]]:
         """One context and all its continuations."""
-        context = self._items[job[0]].tokens[: self._items[job[0]].context]
-        cache = self._cache()
-        first: list[Wanted] = [([len(context) - 1], self._items[index].targets[:1]) for index in job]
+        group, cache = job
+        context = self._items[group[0]].tokens[: self._items[group[0]].context]
+        first: list[Wanted] = [([len(context) - 1], self._items[index].targets[:1]) for index in group]
         found = self._logits.answers(first, **self._inputs(context, 0, cache))
-        longer = [place for place, index in enumerate(job) if self._items[index].scored > 1]
+        longer = [place for place, index in enumerate(group) if self._items[index].scored > 1]
         for place in longer:
-            targets = self._items[job[place]].targets
+            targets = self._items[group[place]].targets
             past = copy.deepcopy(cache) if place != longer[-1] else cache
             rest: list[Wanted] = [(range(len(targets) - 1), targets[1:])]
             ((value, greedy),) = self._logits.answers(rest, **self._inputs(targets[:-1], len(context), past))
             found[place] = found[place][0] + value, found[place][1] and greedy
-        return list(zip(job, found, strict=True))
+        return list(zip(group, found, strict=True))
 
     def _inputs(self, tokens: Sequence[int], start: int, cache: Cache) -> dict[str, Any]:
         """Tokens from a position on, on top of a cache."""

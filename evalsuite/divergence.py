@@ -78,9 +78,6 @@ class Reference:
 
         Returns:
             What :func:`compress.evalsuite.scan.scan` found, and the divergence; None for the dense model itself.
-
-        Raises:
-            InputError: the two models have vocabularies of different sizes.
         """
         scores = scan(model, ids, windows, cache=cache, states=self._states)
         prompts, tokens = cut_prompts(ids[: windows.length], windows.window)

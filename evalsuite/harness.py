@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,31 @@ from compress.evalsuite.head import CacheFactory
 from compress.evalsuite.items import TaskItems, task_items
 from compress.evalsuite.quiet import quiet, seeded, single_process, templates_kept, weights_untouched
 from compress.evalsuite.settings import EvalSettings
+from compress.evalsuite.task_errors import blamed_on, guard, try_first_document
 from compress.evalsuite.task_folder import absolute_data_files
 
 _OFFLINE = "connect to the Hugging Face Hub, or give a task folder with local data (--task-path)"
 
-__all__ = ["evaluate_items", "evaluate_tasks", "load_tasks", "validate_tasks"]
+__all__ = ["Evaluated", "Samples", "evaluate_items", "evaluate_tasks", "load_tasks", "validate_tasks"]
+
+
+Samples = dict[str, list[dict[str, Any]]]
+"""What lm-eval logs for each document and filter, by name of the task."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What lm-eval found.
+
+    Attributes:
+        results: its ``EvalResults`` as plain JSON types, without samples.
+        items: the figures of each document, by name of the task.
+        samples: what it logs.
+    """
+
+    results: dict[str, Any]
+    items: dict[str, TaskItems]
+    samples: Samples
 
 
 def evaluate_tasks(
@@ -49,7 +70,7 @@ def evaluate_tasks(
     Raises:
         InputError: a task doesn't exist, its data can't be had, or it doesn't fit the model.
     """
-    return evaluate_items(model, tokenizer, tasks, settings, cache)[0]
+    return evaluate_items(model, tokenizer, tasks, settings, cache).results
 
 
 def evaluate_items(
@@ -58,17 +79,30 @@ def evaluate_items(
     tasks: Sequence[str],
     settings: EvalSettings | None = None,
     cache: CacheFactory | None = None,
-) -> tuple[dict[str, Any], dict[str, TaskItems]]:
-    """Like ``evaluate_tasks``, and what each task found for each document, by name of the task."""
+    loaded: dict[str, Any] | None = None,
+) -> Evaluated:
+    """Like ``evaluate_tasks``, with what each task found for each document.
+
+    Args:
+        model: as there, and so on.
+        tokenizer: its tokenizer.
+        tasks: names.
+        settings: how.
+        cache: makes caches.
+        loaded: what ``load_tasks`` gave for these tasks and settings, which may be used again; None loads them.
+    """
     settings = settings or EvalSettings()
     if settings.apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise InputError("eval.apply_chat_template", True, "the model has no chat template")
-    loaded = load_tasks(tasks, settings)
+    loaded = load_tasks(tasks, settings) if loaded is None else loaded
     from compress.evalsuite.bridge import LoadedModel
     from lm_eval import evaluator
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.utils import handle_non_serializable
 
     started, streams = time.time(), (sys.stdout, sys.stderr)
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the same examples each time
     with quiet(), seeded(), single_process(), templates_kept(), weights_untouched(model):
         lm = LoadedModel(model, copy.deepcopy(tokenizer), settings, streams, cache)
         results = evaluator.evaluate(
@@ -80,9 +114,10 @@ def evaluate_items(
             apply_chat_template=settings.apply_chat_template,
             fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn,
         )
-    items = {name: task_items(samples) for name, samples in results.pop("samples").items()}
+    samples: Samples = results.pop("samples")
     results |= _provenance(model, lm, settings, started)
-    return json.loads(json.dumps(results, default=handle_non_serializable)), items
+    plain = json.loads(json.dumps(results, default=handle_non_serializable))
+    return Evaluated(plain, {name: task_items(found) for name, found in samples.items()}, samples)
 
 
 def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
@@ -96,18 +131,19 @@ def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
         lm-eval's ``TaskDict``: tasks and groups by name, and each group's members.
 
     Raises:
-        InputError: a task doesn't exist; its data is missing, unreadable or out of reach; it runs generated code.
+        InputError: a task doesn't exist; its data is missing, unreadable or out of reach; the task file doesn't fit
+            its data, as far as the first document shows; it runs generated code.
     """
     wanted = [name for name in tasks if name != PERPLEXITY]
     selection = select_tasks(wanted, settings.task_path)
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     out: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    with quiet(), seeded():
+    with quiet(), seeded(), templates_kept():
         manager = _task_manager(selection)
         _check_reachable(manager, selection)
         for name in wanted:
-            for key, found in _load_one(manager, name).items():
+            for key, found in _load_one(manager, selection, name).items():
                 out[key] |= {part: value for part, value in found.items() if part not in out[key]}
         for name, task in out["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
@@ -119,6 +155,9 @@ def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
             if default is None or (settings.num_fewshot is not None and default != 0):
                 task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            try_first_document(task, name, selection.file(name), settings.system_instruction)
+            guard(task, name, selection.file(name))
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # as if no examples had been drawn yet
     return out
 
 
@@ -139,7 +178,8 @@ def _task_manager(selection: Selection) -> Any:
     for name, file in selection.local.items():
         if file.data_files:
             entry = manager.task_index[name]
-            entry.cfg = absolute_data_files(load_yaml(file.path), file.data_folder)
+            with blamed_on(name, file.path):
+                entry.cfg = absolute_data_files(load_yaml(file.path), file.data_folder)
             entry.yaml_path = None
     return manager
 
@@ -147,11 +187,12 @@ def _task_manager(selection: Selection) -> Any:
 def _check_reachable(manager: Any, selection: Selection) -> None:
     """Find in seconds that a Hub dataset can't be had; datasets itself tries again for 23 s, for each task."""
     from datasets import config
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     for name in (*selection.builtin, *selection.local):
         task = manager.task_index[name].cfg or {}
         dataset = task.get("dataset_path")
-        if not isinstance(dataset, str) or "/" not in dataset or "custom_dataset" in task:
+        if not isinstance(dataset, str) or dataset in ("", *_PACKAGED_DATASETS_MODULES) or "custom_dataset" in task:
             continue
         if Path(dataset).exists() or Path(config.HF_DATASETS_CACHE, dataset.replace("/", "___")).is_dir():
             continue
@@ -168,13 +209,22 @@ def _outermost(folders: Iterable[Path]) -> list[Path]:
     return sorted(folder for folder in every if every.isdisjoint(folder.parents))
 
 
-def _load_one(manager: Any, name: str) -> dict[str, Any]:
+def _load_one(manager: Any, selection: Selection, name: str) -> dict[str, Any]:
     """Build one task, group or tag, and load its data."""
+    try:
+        with blamed_on(name, selection.file(name)):
+            return _load_data(manager, name)
+    except InputError:
+        for member in selection.members(name):  # one of them is to blame, and is named
+            _load_one(manager, selection, member)
+        raise
+
+
+def _load_data(manager: Any, name: str) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
 
     try:
-        return manager.load([name])
+        found: dict[str, Any] = manager.load([name])
     except DatasetsError as error:
         # The library's message only says that something failed; its cause says what.
         raise InputError(
@@ -188,9 +238,7 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
             f"its dataset {dataset or ''} is out of reach: {_one_line(error)}".replace("  ", " "),
             fix=_OFFLINE,
         ) from error
-    except (ImportError, LookupError, TypeError, ValueError, TemplateError) as error:
-        problem = f"the task file does not fit its data: {type(error).__name__}: {_one_line(error)}"
-        raise InputError("eval.tasks", name, problem) from error
+    return found
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from transformers import Cache
 
 CacheFactory = Callable[[], Cache]
-"""Makes a fresh cache for one sequence or batch; a method that replaces the cache comes in this way."""
+"""Makes a fresh cache for one sequence or batch; a method that replaces the cache comes in this way.
+
+It is called in the thread that asked for the evaluation, one call at a time, and so needn't be safe in several. The
+caches that it makes are used in several threads on a CPU, each cache by one thread at a time, and up to twice as many
+as there are threads are made before they are used: what they hold must be their own.
+"""
 
 LOGITS_BYTES = 64 * 2**20
 """Bound on the bytes of float32 logits and log-probabilities that exist at once in a thread."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compress.calibrate.errors import InputError
 from compress.calibrate.workers import Workers
 from compress.evalsuite.head import CacheFactory, Decoder, chunk_tokens, evaluating, logits_in_chunks
 from compress.evalsuite.sliding import Windows
 from torch import Tensor, nn
+from transformers import Cache
 
 
 @dataclass(frozen=True)
@@ -90,33 +90,30 @@ def scan(
         windows: how it is cut.
         cache: makes the cache that each window's keys and values go through; by default there is none.
         states: if empty, it is filled with this model's states; otherwise they are those of the model to compare with.
+            Where one of the two has more logits, as embeddings are padded for speed, its last ones aren't compared.
 
     Raises:
-        InputError: the two models have vocabularies of different sizes.
         ValueError: the states are of other windows.
     """
     device = model.get_input_embeddings().weight.device
-    # Threads would share a cache factory, and whatever its author keeps in it.
-    side_by_side = device.type == "cpu" and cache is None
-    with evaluating(model), Workers(None if side_by_side else 1) as workers:
-        run = _Scan(model, ids, windows, cache)
+    with evaluating(model), Workers(None if device.type == "cpu" else 1) as workers:
+        run = _Scan(model, ids, windows)
+        # Caches are made here, as they are needed: the caller's factory need not be safe in several threads.
+        jobs = ((index, None if cache is None else cache()) for index in range(windows.count))
         if states is None:
-            return list(workers.map(lambda index: run.loss(index)[0], range(windows.count)))
+            return list(workers.map(lambda job: run.loss(job)[0], jobs))
         if states.windows is None:
-            return _fill(states, run, workers)
+            return _fill(states, run, workers.map(run.loss, jobs))
         if states.windows != windows:
             raise ValueError(f"the states are of {states.windows}, not of {windows}")
-        if states.vocabulary != run.decoder.vocabulary:
-            problem = f"predicts {states.vocabulary} tokens, the other model {run.decoder.vocabulary}"
-            raise InputError("--baseline", None, problem, fix="compare models with the same vocabulary")
-        return list(workers.map(lambda index: run.divergence(index, states), range(windows.count)))
+        return list(workers.map(lambda job: run.divergence(job, states), jobs))
 
 
-def _fill(states: States, run: "_Scan", workers: Workers) -> list[WindowScore]:
+def _fill(states: States, run: "_Scan", found: Iterator[tuple[WindowScore, Tensor]]) -> list[WindowScore]:
     scores = []
 
     def parts() -> Iterator[Tensor]:
-        for score, part in workers.map(run.loss, range(run.windows.count)):
+        for score, part in found:
             scores.append(score)
             yield part
 
@@ -124,17 +121,21 @@ def _fill(states: States, run: "_Scan", workers: Workers) -> list[WindowScore]:
     return scores
 
 
+_Job = tuple[int, Cache | None]
+"""Number of a window, and the cache that it goes through."""
+
+
 class _Scan:
     """A model over a text; every method may be called in any thread."""
 
-    def __init__(self, model: Any, ids: Tensor, windows: Windows, cache: CacheFactory | None) -> None:
-        self._ids, self.windows, self._cache = ids, windows, cache
+    def __init__(self, model: Any, ids: Tensor, windows: Windows) -> None:
+        self._ids, self.windows = ids, windows
         self._device = model.get_input_embeddings().weight.device
         self.decoder = Decoder(model, ids[None, : windows.window].to(self._device))
 
-    def loss(self, index: int) -> tuple[WindowScore, Tensor]:
+    def loss(self, job: _Job) -> tuple[WindowScore, Tensor]:
         """The loss of a window, and its states."""
-        states, targets = self._window(index)
+        states, targets = self._window(job)
         total, done = 0.0, 0
         tokens = chunk_tokens(self.decoder.vocabulary, copies=2)
         for logits in logits_in_chunks(self.decoder.head, states, tokens):
@@ -142,31 +143,34 @@ class _Scan:
             done += len(logits)
         return WindowScore(total), states
 
-    def divergence(self, index: int, other: States) -> WindowScore:
+    def divergence(self, job: _Job, other: States) -> WindowScore:
         """The loss of a window, and its divergence from the model whose states are given."""
-        states, targets = self._window(index)
-        theirs = other.of(index).to(self._device)
+        states, targets = self._window(job)
+        theirs = other.of(job[0]).to(self._device)
         nll, kl, agreed, done = 0.0, 0.0, 0, 0
-        tokens = chunk_tokens(self.decoder.vocabulary, copies=5)
+        own, common = self.decoder.vocabulary, min(self.decoder.vocabulary, other.vocabulary)
+        tokens = chunk_tokens(max(own, other.vocabulary), copies=5)
         for logits, dense in zip(
             logits_in_chunks(self.decoder.head, states, tokens),
             logits_in_chunks(other.head, theirs, tokens),
             strict=True,
         ):
-            q, p = logits.float().log_softmax(-1), dense.to(logits.device).float().log_softmax(-1)
+            q, p = logits.float().log_softmax(-1), dense[:, :common].to(logits.device).float().log_softmax(-1)
             nll += _nll(q, targets[done : done + len(q)])
+            q = q if common == own else q[:, :common].log_softmax(-1)
             kl += float(F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum())
             agreed += int((q.argmax(-1) == p.argmax(-1)).sum())
             done += len(q)
         return WindowScore(nll, kl, agreed)
 
-    def _window(self, index: int) -> tuple[Tensor, Tensor]:
+    def _window(self, job: _Job) -> tuple[Tensor, Tensor]:
         """Final states ``[scored tokens, F]`` before each scored token of a window, and these tokens."""
+        index, cache = job
         start, context = self.windows.start(index), self.windows.context(index)
         ids = self._ids[start : start + self.windows.window].to(self._device)
-        inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": self._cache is not None}
-        if self._cache is not None:
-            inputs["past_key_values"] = self._cache()
+        inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": cache is not None}
+        if cache is not None:
+            inputs["past_key_values"] = cache
         states = self.decoder.states(**inputs)[0, context - 1 : -1]
         return states, ids[context:].to(states.device)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from compress.calibrate.errors import InputError
 from compress.evalsuite.catalogue import DIVERGENCE, PERPLEXITY, harness_tasks, long_context_tasks, text_tasks
 from compress.evalsuite.divergence import Divergence, Reference
-from compress.evalsuite.harness import evaluate_items, validate_tasks
+from compress.evalsuite.harness import Samples, evaluate_items, validate_tasks
 from compress.evalsuite.head import CacheFactory
 from compress.evalsuite.items import TaskItems
 from compress.evalsuite.longcontext import LongContextSettings, check_long_context, long_context, results
@@ -57,11 +57,15 @@ class Material:
         text: for perplexity and divergence.
         haystack: the text around the needles; None for RULER's repeated sentence.
         reference: the dense model's side of the divergence; score the dense model first, with the same one.
+        tasks: lm-eval's tasks with their data, from ``load_tasks``; None loads them.
+        on_samples: told what lm-eval logs for each document, by task.
     """
 
     text: Tokens | None = None
     haystack: Text | None = None
     reference: Reference | None = None
+    tasks: dict[str, Any] | None = None
+    on_samples: Callable[[Samples], object] | None = None
 
 
 def tokenise(text: Text, tokenizer: Any) -> Tokens:
@@ -110,7 +114,7 @@ def score(
     if long:
         found.append(_long_context(model, tokenizer, long, settings, material.haystack, cache))
     if named:
-        found.append(_harness(model, tokenizer, named, settings, cache))
+        found.append(_harness(model, tokenizer, named, settings, material, cache))
     metrics = {name: part for metrics, _ in found for name, part in metrics.items()}
     order = sorted(metrics, key=lambda name: tasks.index(name) if name in tasks else len(tasks))
     facts = {name: value for _, facts in found for name, value in facts.items()}
@@ -189,10 +193,18 @@ def _long_context(
 
 
 def _harness(
-    model: Any, tokenizer: Any, tasks: Sequence[str], settings: EvalSettings, cache: CacheFactory | None
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    settings: EvalSettings,
+    material: Material,
+    cache: CacheFactory | None,
 ) -> _Found:
     """lm-eval's tasks."""
-    results, items = evaluate_items(model, tokenizer, tasks, settings, cache)
+    evaluated = evaluate_items(model, tokenizer, tasks, settings, cache, material.tasks)
+    results, items = evaluated.results, evaluated.items
+    if material.on_samples is not None:
+        material.on_samples(evaluated.samples)
     documents = {name: hashlib.sha256("".join(found.documents).encode()).hexdigest() for name, found in items.items()}
     metrics = {name: _of_task(name, results, items) for name in results["results"]}
     return metrics, {"harness": results, "documents": documents}

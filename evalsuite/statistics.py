@@ -35,8 +35,9 @@ class Paired:
         difference: mean of after - before over the items.
         stderr: standard error of ``difference``; None for a single item.
         p_value: two-sided; None for a single item.
-        improved: items on which the second model is better.
-        worsened: items on which it is worse.
+        improved: items on which the second model is better; None where nobody says which way is up.
+        worsened: items on which it is worse; None likewise.
+        changed: items on which the two differ.
     """
 
     test: str
@@ -44,8 +45,9 @@ class Paired:
     difference: float
     stderr: float | None
     p_value: float | None
-    improved: int
-    worsened: int
+    improved: int | None
+    worsened: int | None
+    changed: int
 
     @property
     def stars(self) -> str:
@@ -80,7 +82,7 @@ def paired(
     before: Sequence[float],
     after: Sequence[float],
     *,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = True,
     log: bool = False,
     weights: Sequence[float] | None = None,
 ) -> Paired | None:
@@ -89,7 +91,7 @@ def paired(
     Args:
         before: the baseline's items ``[n]``: 0 or 1 for wrong or right, or any numbers.
         after: the other model's, in the same order.
-        higher_is_better: which way is up.
+        higher_is_better: which way is up; None where that isn't known, which the test doesn't depend on.
         log: the items are logarithms of the figure, as losses are of perplexity; only named in the result.
         weights: as in :func:`mean_and_error`.
 
@@ -113,8 +115,8 @@ def paired(
         test, p_value = SIGN, _mcnemar(up, down)
     else:
         test, p_value = PAIRED_T_LOG if log else PAIRED_T, _t_test(difference, stderr, len(change))
-    improved, worsened = (up, down) if higher_is_better else (down, up)
-    return Paired(test, len(change), difference, stderr, p_value, improved, worsened)
+    improved, worsened = {True: (up, down), False: (down, up), None: (None, None)}[higher_is_better]
+    return Paired(test, len(change), difference, stderr, p_value, improved, worsened, up + down)
 
 
 def _mcnemar(up: int, down: int) -> float | None:

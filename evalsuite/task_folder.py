@@ -50,7 +50,7 @@ def read_task_folder(folder: Path) -> dict[str, TaskFile]:
     """All tasks and groups that the ``*.yaml`` files below a folder define, by name.
 
     Raises:
-        InputError: a file isn't valid YAML, or an included file is missing.
+        InputError: a file isn't valid YAML, an included file is missing, or a tag or an include isn't a text.
     """
     files = [read_task_file(path) for path in sorted(folder.rglob("*.yaml"))]
     return {file.name: file for file in reversed([file for file in files if file is not None])}
@@ -67,12 +67,12 @@ def read_task_file(path: Path) -> TaskFile | None:
     name = config.get("group" if is_group else "task")
     if not isinstance(name, str):
         return None
-    tags = config.get("tag") or ()
+    tags = _texts(config.get("tag"), "tag", path)
     return TaskFile(
         name=name,
         path=path,
         children=tuple(_children(config.get("task"))) if is_group else (),
-        tags=(tags,) if isinstance(tags, str) else tuple(tags),
+        tags=tags,
         data_folder=data_folder,
         data_files=tuple(_local_data_files(absolute_data_files(config, data_folder))),
     )
@@ -124,15 +124,23 @@ def _read_merged(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any],
         raise InputError("eval.task_path", path, f"cannot be read ({error.strerror})") from error
     if not isinstance(own, dict):
         return {}, path.parent
-    includes = own.pop("include", None) or []
+    includes = _texts(own.pop("include", None), "include", path)
     merged: dict[str, Any] = {}
     data_folder = path.parent
-    for include in [includes] if isinstance(includes, str) else includes:
+    for include in includes:
         base, base_folder = _read_merged((path.parent / include).resolve(), (*parents, path))
         merged |= base
         if "dataset_kwargs" in base:
             data_folder = base_folder
     return merged | own, path.parent if "dataset_kwargs" in own else data_folder
+
+
+def _texts(value: Any, key: str, path: Path) -> tuple[str, ...]:
+    """A text, or a list of them."""
+    texts = (value,) if isinstance(value, str) else value or ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise InputError("eval.task_path", path, f"its {key} is neither a text nor a list of texts, but {value!r}")
+    return tuple(texts)
 
 
 def _children(items: Any) -> list[str]:

@@ -12,6 +12,7 @@ from compress.evalsuite.longcontext.settings import LongContextSettings, check_l
 from compress.evalsuite.longcontext.store import prepare
 from compress.evalsuite.sliding import context_of
 from compress.evalsuite.statistics import mean_and_error
+from transformers import Cache
 
 CHUNK = 4096
 """Tokens of a prompt that go through the model at once."""
@@ -83,8 +84,7 @@ def long_context(
         settings: the grid of prompts.
         haystack: text around the needles; None is RULER's repeated sentences. Tasks that have a haystack of their own
             don't use it.
-        cache: makes a fresh cache for a prompt; by default the model makes its own. On a CPU it is called from several
-            threads.
+        cache: makes a fresh cache for a prompt; by default the model makes its own.
 
     Returns:
         A cell for every task, length and depth, in this order.
@@ -96,11 +96,11 @@ def long_context(
     check_long_context(tasks, settings, context_of(model.config))
     items = prepare(tasks, tokenizer, settings, haystack)
     ends = _ends(model, tokenizer)
-    # Threads only run the model: tokenizers of transformers aren't safe in several at once.
-    questions = ((token_ids(tokenizer, item.prompt), item.room) for item in items)
+    # Threads only run the model: neither tokenizers nor the caller's factory need be safe in several at once.
+    questions = ((token_ids(tokenizer, item.prompt), item.room, None if cache is None else cache()) for item in items)
     cells: dict[tuple[str, int, float | None], list[Answer]] = {}
     with evaluating(model), Workers(None if model.device.type == "cpu" else 1) as workers:
-        said = workers.map(lambda question: _answer(model, *question, ends, cache), questions)
+        said = workers.map(lambda question: _answer(model, *question, ends), questions)
         for item, tokens in zip(items, said, strict=True):
             given = tokenizer.decode(tokens, skip_special_tokens=True)
             answer = Answer(item.answers, given, string_match_all(given, item.answers))
@@ -132,10 +132,9 @@ def string_match_all(given: str, expected: Sequence[str]) -> float:
     return sum(part.lower() in given.lower() for part in expected) / len(expected)
 
 
-def _answer(model: Any, prompt: list[int], room: int, ends: set[int], cache: CacheFactory | None) -> list[int]:
+def _answer(model: Any, prompt: list[int], room: int, past: Cache | None, ends: set[int]) -> list[int]:
     """The likeliest token, again and again, until the answer is long enough or the model ends it."""
     ids = torch.tensor([prompt], device=model.device)
-    past = None if cache is None else cache()
     for part in ids.split(CHUNK, dim=1):
         found = model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = found.past_key_values

@@ -14,7 +14,7 @@ from compress.cli.main import COMMANDS, main
 
 from compress import __version__
 from compress.events import LayerDone, StageStarted
-from compress.options import EvalOptions, GenerateOptions, RunOptions
+from compress.options import EvalOptions, GenerateOptions, RunOptions, ServeOptions
 from compress.recipe import Recipe, recipe_source
 
 PLAN = SimpleNamespace(lines=lambda: ["30 layers", "2.1 x smaller"], to_json=lambda: {"layers": 30})
@@ -270,14 +270,17 @@ def test_offline_is_set_before_the_pipeline_is_called(monkeypatch, stand_in, com
 
 def test_eval_hands_over_every_option(stand_in, tmp_path):
     outcome = SimpleNamespace(lines=lambda: ["| task |"], to_json=lambda: {"piqa": 0.6})
-    calls = stand_in("compress.evaluate", evaluate=lambda *args: outcome)
+    calls = stand_in("compress.evaluate", evaluate=lambda *args, **kwargs: outcome)
+    places = stand_in("compress.eval_output", Output=lambda *args: args)
     assert invoke("eval", "m").stdout == "| task |\n"
     arguments = ["--tasks", "perplexity,piqa", "--baseline", "b", "--limit", "9", "--window", "512", "--windows", "all"]
     arguments += ["--text", "pydoc", "--batch-size", "2", "--device", "cpu", "--task-path", str(tmp_path), "--json"]
     arguments += ["--stride", "256", "--lengths", "512,1024", "--depths", "3", "--samples", "2", "--seed", "5"]
-    arguments += ["--haystack", "repeat", "--num-fewshot", "1", "--chat-template"]
+    arguments += ["--haystack", "repeat", "--num-fewshot", "1", "--chat-template", "--output", "o", "--log-samples"]
     assert json.loads(invoke("eval", "m", *arguments).stdout) == {"piqa": 0.6}
     assert calls[0].args == ("m", ["perplexity"], EvalOptions())
+    assert [one.args for one in places] == [(Path("o"), True)]
+    assert [one.output for one in calls] == [None, (Path("o"), True)]
     assert calls[1].args[1:] == (
         ["perplexity", "piqa"],
         EvalOptions(
@@ -307,6 +310,7 @@ def test_eval_hands_over_every_option(stand_in, tmp_path):
         [],
         ["m", "--tasks", "none"],
         ["m", "--limit", "0"],
+        ["m", "--log-samples"],
         ["m", "--window", "1"],
         ["m", "--windows", "few"],
         ["m", "--stride", "0"],
@@ -340,6 +344,38 @@ def test_generate_streams(stand_in):
     )
     refused("generate", "m")
     refused("generate", "m", "-p", "x", "--temperature", "-1")
+    invoke("generate", "m", "--prompt", "p", "--activations", "int8")
+    assert calls[2].args[2] == GenerateOptions(activations="int8")
+
+
+def test_serve(stand_in, tmp_path):
+    def ready(model, options, *, on_ready, on_warning):
+        on_warning("take care")
+        on_ready("http://127.0.0.1:80/v1")
+
+    calls = stand_in("compress.serving.server", serve=ready)
+    result = invoke("serve", "m")
+    assert result.stdout == "serving m at http://127.0.0.1:80/v1 (Ctrl-C stops)\n"
+    assert result.stderr == "warning: take care\n"
+    options = ["--host", "::1", "--port", "0", "--served-name", "x", "--max-concurrent", "3", "--max-queue", "0"]
+    options += ["--max-request-bytes", "99", "--grace-seconds", "0", "--activations", "int8", "--device", "cpu"]
+    invoke("serve", "m", *options, "--api-key-file", str(tmp_path / "key"), "--trust-remote-code")
+    assert calls[0].args == ("m", ServeOptions())
+    assert calls[1].args[1] == ServeOptions(
+        host="::1",
+        port=0,
+        api_key_file=tmp_path / "key",
+        served_name="x",
+        max_request_bytes=99,
+        max_concurrent=3,
+        max_queue=0,
+        grace_seconds=0,
+        activations="int8",
+        device="cpu",
+        trust_remote_code=True,
+    )
+    for wrong in (["--port", "-1"], ["--max-concurrent", "0"], ["--max-request-bytes", "0"], ["--grace-seconds", "-1"]):
+        refused("serve", "m", *wrong)
 
 
 # recipes

@@ -1,18 +1,17 @@
 """Divergence from the dense model, against full logits and against plain generation."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from compress.calibrate.errors import InputError
 from compress.evalsuite import head
 from compress.evalsuite.divergence import Reference
 from compress.evalsuite.greedy import compare_answers, cut_prompts, greedy_answers
 from compress.evalsuite.perplexity import perplexity, perplexity_of
 from compress.evalsuite.scan import States, scan
 from compress.evalsuite.sliding import Windows
-from eval_builders import make_model
 from transformers import DynamicCache
 
 WINDOW = 32
@@ -148,11 +147,40 @@ def test_what_lies_behind_the_head_is_kept(model, other, ids, tmp_path):
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_refuses_another_vocabulary_and_other_windows(model, ids, tmp_path):
+def padded(model, rows):
+    """The same model with more rows in its embedding and its head, which predict tokens that there aren't."""
+    wide = copy.deepcopy(model)
+    if rows == model.config.vocab_size:
+        return wide
+    wide.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        wide.lm_head.weight[model.config.vocab_size :] = 0.5
+    return wide
+
+
+@pytest.mark.parametrize(("dense", "compressed"), [(258, 320), (320, 258), (320, 300)])
+def test_padded_embeddings_are_compared_as_far_as_both_go(model, other, ids, tmp_path, dense, compressed):
+    before, after, size = padded(model, dense), padded(other, compressed), min(dense, compressed)
+    states = States(tmp_path / "states")
+    scan(before, ids, PLAIN, states=states)
+    found = scan(after, ids, PLAIN, states=states)
+    p, q = ([part[:, :size].log_softmax(-1) for part in full_logits(one, ids, PLAIN)] for one in (before, after))
+    kl = [float((one.exp() * (one - two)).sum()) for one, two in zip(p, q, strict=True)]
+    assert [score.kl for score in found] == pytest.approx(kl, rel=1e-3)
+    same = [int((one.argmax(-1) == two.argmax(-1)).sum()) for one, two in zip(p, q, strict=True)]
+    assert [score.agreed for score in found] == same
+    assert [score.nll for score in found] == pytest.approx([score.nll for score in scan(after, ids, PLAIN)])
+
+
+def test_padding_alone_is_no_divergence(model, ids, tmp_path):
+    found = divergence(model, padded(model, 320), ids, PLAIN, tmp_path)
+    assert found.mean_kl == pytest.approx(0, abs=1e-6)
+    assert found.top1_agreement == 1
+
+
+def test_refuses_other_windows(model, ids, tmp_path):
     states = States(tmp_path / "states")
     scan(model, ids, PLAIN, states=states)
-    with pytest.raises(InputError, match="--baseline: predicts 258 tokens, the other model 300"):
-        scan(make_model(300), ids, PLAIN, states=states)
     with pytest.raises(ValueError, match="the states are of"):
         scan(model, ids, SLIDING, states=states)
 

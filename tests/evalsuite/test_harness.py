@@ -113,7 +113,8 @@ def test_every_document_by_itself(model, tokenizer, settings, task_folder):
         TASK.format(name="sums") + "filter_list:\n  - {name: one, filter: [{function: take_first}]}\n"
         "  - {name: two, filter: [{function: take_first}]}\n"
     )
-    results, items = evaluate_items(model, tokenizer, ["sums"], settings)
+    found = evaluate_items(model, tokenizer, ["sums"], settings)
+    results, items = found.results, found.items
     expected = stock_samples(model, tokenizer, ["sums"], settings)["sums"]
     assert "samples" not in results
     assert items["sums"].documents == tuple(sample["doc_hash"] for sample in expected[:6])
@@ -122,7 +123,7 @@ def test_every_document_by_itself(model, tokenizer, settings, task_folder):
     assert items["sums"].values["acc,two"] == tuple(sample["acc"] for sample in expected[6:])
     mean = sum(items["sums"].values["acc,one"]) / 6
     assert results["results"]["sums"]["acc,one"] == pytest.approx(mean)
-    limited = evaluate_items(model, tokenizer, ["sums"], replace(settings, limit=2))[1]
+    limited = evaluate_items(model, tokenizer, ["sums"], replace(settings, limit=2)).items
     assert limited["sums"].documents == items["sums"].documents[:2]
 
 
@@ -166,6 +167,13 @@ def test_chat_template(model, tokenizer, settings, task_folder, monkeypatch):
     assert asked[0] != asked[1]
 
 
+def test_a_chat_template_that_refuses_a_question(model, tokenizer, settings):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no questions, please') }}"
+    with pytest.raises(InputError, match=r"eval\.apply_chat_template=true: the model's chat .*: no questions, please"):
+        evaluate_tasks(model, strict, ["sums"], replace(settings, apply_chat_template=True))
+
+
 def test_the_method_is_active_while_scoring_and_decoding(model, tokenizer, settings, task_folder):
     (task_folder / "speak.yaml").write_text(
         TASK.format(name="speak")
@@ -182,7 +190,7 @@ def test_the_method_is_active_while_scoring_and_decoding(model, tokenizer, setti
     with_cache = evaluate_items(model, tokenizer, ["sums", "speak"], settings, cache)
     assert len(made) == 12  # six questions, six prompts
     assert min(held.get_seq_length() for held in made) > 10
-    assert with_cache[1] == evaluate_items(model, tokenizer, ["sums", "speak"], settings)[1]
+    assert with_cache.items == evaluate_items(model, tokenizer, ["sums", "speak"], settings).items
 
 
 def test_templates_are_compiled_once(model, tokenizer, settings, monkeypatch):
@@ -263,12 +271,12 @@ def test_no_hub_and_no_copy_is_told_without_trying(settings, dataset_cache, monk
     ("content", "change", "message"),
     [
         ("{not json\n", ("", ""), "eval.tasks=sums: its data cannot be read"),
-        ('{"question": "?"}\n', ("", ""), "eval.tasks=sums: the task file does not fit its data"),
-        (None, ("validation_split: validation", "validation_split: test"), "the task file does not fit its data"),
         (None, ("task: sums", "task: sums\nunsafe_code: true"), "runs code that the model writes"),
+        (None, ("dataset_path: json", "dataset_path: jsonn"), "eval.tasks=sums: the Hub is away, .* dataset jsonn"),
     ],
 )
-def test_bad_local_tasks(settings, task_folder, content, change, message):
+def test_bad_local_tasks(settings, task_folder, content, change, message, monkeypatch):
+    monkeypatch.setattr("compress.evalsuite.harness.hub_problem", lambda: "the Hub is away")
     if content is not None:
         (task_folder.parent / "data" / "questions.jsonl").write_text(content)
     path = Path(task_folder / "sums.yaml")

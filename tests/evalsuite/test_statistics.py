@@ -94,4 +94,11 @@ def test_the_same_change_every_time_is_a_sign_test():
     [(None, ""), (0.05, ""), (0.049, "*"), (0.01, "*"), (0.0099, "**"), (0.001, "**"), (0.0009, "***"), (0.0, "***")],
 )
 def test_stars(p_value, stars):
-    assert Paired(PAIRED_T, 9, 0.1, 0.01, p_value, 5, 4).stars == stars
+    assert Paired(PAIRED_T, 9, 0.1, 0.01, p_value, 5, 4, 9).stars == stars
+
+
+@pytest.mark.parametrize(("way", "improved", "worsened"), [(True, 2, 1), (False, 1, 2), (None, None, None)])
+def test_what_is_better_where_nobody_says_which_way_is_up(way, improved, worsened):
+    found = paired([1, 0, 0, 1], [0, 1, 1, 1], higher_is_better=way)
+    assert (found.improved, found.worsened, found.changed) == (improved, worsened, 3)
+    assert found.p_value == pytest.approx(stats.binomtest(1, 3, 0.5).pvalue)
