@@ -10,7 +10,7 @@ ROOMS := calibrate cli compress evalsuite kernels
 CODE := $(ROOMS) tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types browser unit format clean
+.PHONY: help setup demo test lint types browser kernels unit format clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -45,6 +45,9 @@ types: $(INSTALLED)
 	@for entry in compress/*; do ln -s ../../../$$entry build/types/compress/; done
 	@for room in $(filter-out compress,$(ROOMS)); do ln -s ../../../$$room build/types/compress/; done
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p compress
+
+kernels: $(INSTALLED) ## Compile every GPU kernel, without a GPU, and print what each takes
+	$(BIN)/compress doctor --kernels
 
 browser: $(INSTALLED) ## Find a Chromium for the tests of report.html, or install one
 	$(BIN)/python tests/chromium.py

@@ -11,12 +11,12 @@ so that every sample has the same total mass. ``p = 1`` is what the authors' cod
 from dataclasses import dataclass
 
 import torch
+from compress.kernels.attention_mass import attention_mass
 from torch import Tensor
 
 STRATEGIES = ("attention", "act_norm", "act_diff", "token_freq", "token_sim", "first_n", "first_last_n")
 NEEDS_ATTENTION = frozenset({"attention"})
 NEEDS_OUTPUT = frozenset({"act_diff"})
-QUERY_BLOCK = 128  # queries whose probabilities exist at once
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ def weights(raw: Tensor, spread: Spread) -> Tensor:
     return powered / powered.mean()
 
 
-def attention_concentration(
-    q: Tensor, k: Tensor, *, scaling: float, window: int | None = None, query_block: int = QUERY_BLOCK
-) -> Tensor:
+def attention_concentration(q: Tensor, k: Tensor, *, scaling: float, window: int | None = None) -> Tensor:
     """How much attention every token receives: ``r_t = sum_heads sum_i A[head, i, t]``, causal softmax in float32.
 
     Args:
@@ -57,34 +55,11 @@ def attention_concentration(
         k: keys after rotary embedding ``[kv_heads, T, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         scaling: factor of the scores.
         window: how many last keys a query sees, itself included, in a sliding-window layer.
-        query_block: queries treated at once. Memory is O(heads a KV head * query_block * T), never ``[heads, T, T]``.
 
     Returns:
         ``r [T]`` float32; sums to ``heads * T``.
     """
-    heads, length, _ = q.shape
-    kv_heads = k.shape[0]
-    grouped = q.view(kv_heads, heads // kv_heads, length, -1)
-    received = torch.zeros(length, device=q.device)
-    for start in range(0, length, query_block):
-        stop = min(start + query_block, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        penalty = _penalty(start, stop, first, window, q.device)
-        for head in range(kv_heads):
-            queries = (grouped[head, :, start:stop] * scaling).float().flatten(0, 1)
-            scores = queries @ k[head, first:stop].float().t()
-            # where nothing is hidden, there is nothing to add
-            scores.view(-1, stop - start, stop - first)[..., -penalty.shape[1] :].add_(penalty)
-            received[first:stop] += torch.softmax(scores, dim=-1).sum(0)
-    return received
-
-
-def _penalty(start: int, stop: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """Minus infinity where a query must not see a key, for the last keys ``[stop - start, at most stop - first]``."""
-    query = torch.arange(start, stop, device=device).unsqueeze(1)
-    key = torch.arange(start if window is None else first, stop, device=device)
-    hidden = key > query if window is None else (key > query) | (key <= query - window)
-    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+    return attention_mass(q[None], k[None], None, scaling, window, sum_heads=True)[0]
 
 
 def act_norm(layer_input: Tensor) -> Tensor:

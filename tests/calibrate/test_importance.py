@@ -7,6 +7,7 @@ import pytest
 import torch
 from compress.calibrate import importance
 from compress.calibrate.importance import Spread, attention_concentration, weights
+from compress.kernels.attention_mass.cpu import QUERY_BLOCK
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,10 +29,10 @@ def column_sums(q: Tensor, k: Tensor, scaling: float, window: int | None) -> Ten
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
-@pytest.mark.parametrize("length", [1, 16, 45])
+@pytest.mark.parametrize("length", [1, 45, 128, 300])
 def test_attention_concentration_is_the_naive_sum(heads: int, kv_heads: int, window: int | None, length: int) -> None:
     q, k = queries_and_keys(heads, kv_heads, length)
-    found = attention_concentration(q, k, scaling=0.35, window=window, query_block=16)
+    found = attention_concentration(q, k, scaling=0.35, window=window)
     torch.testing.assert_close(found, column_sums(q, k, 0.35, window), rtol=1e-5, atol=1e-5)
     assert float(found.sum()) == pytest.approx(heads * length, rel=1e-5)
 
@@ -51,13 +52,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("window", "keys"), [(None, 4096), (64, 64 + importance.QUERY_BLOCK)])
+@pytest.mark.parametrize(("window", "keys"), [(None, 4096), (64, 64 + QUERY_BLOCK)])
 def test_attention_concentration_never_holds_all_probabilities(window: int | None, keys: int) -> None:
     length, heads, kv_heads = 4096, 4, 2
     q, k = queries_and_keys(heads, kv_heads, length, width=4)
     with Largest() as largest:
         found = attention_concentration(q, k, scaling=0.5, window=window)
-    assert largest.numel <= max(q.numel(), heads // kv_heads * importance.QUERY_BLOCK * keys)
+    assert largest.numel <= max(q.numel(), heads // kv_heads * QUERY_BLOCK * keys)
     assert float(found.double().sum()) == pytest.approx(heads * length, rel=1e-4)
 
 

@@ -1,0 +1,139 @@
+"""A decoder layer of the Llama family around its attention, in plain PyTorch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from compress.kernels.quant_linear import reference as packed
+from compress.kernels.quant_linear.weight import QuantWeight
+from torch import Tensor
+
+Gate = Literal["silu", "gelu_tanh"]
+Activations = Literal["float", "int8"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: packed weights in layout "rows", or a plain matrix [N, K]; bias [N] float32 or None."""
+
+    weight: QuantWeight | Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one decoder layer without its attention.
+
+    Attributes:
+        q, k, v, o, gate, up, down: its linear layers.
+        attention_norm, mlp_norm: [hidden] float32, what the normed values are multiplied by.
+        q_norm, k_norm: [head_dim] float32, norms of each head before RoPE, or None.
+        epsilon: of every RMSNorm.
+        head_dim: dimensions of a head; the numbers of heads follow from the rows of q and k.
+        rotary_dim: the first dimensions of a head that RoPE turns; even.
+        act: of the gate.
+        activations: "int8" rounds what every packed layer reads to 8 bits over 32 inputs.
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    epsilon: float
+    head_dim: int
+    rotary_dim: int
+    act: Gate = "silu"
+    activations: Activations = "float"
+
+
+def linear(x: Tensor, layer: Linear, activations: Activations = "float") -> Tensor:
+    """x W^T + bias."""
+    if isinstance(layer.weight, Tensor):
+        return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+    return packed.quant_linear(x, layer.weight, layer.bias, activations)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight.to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first dimensions of each head: x [M, heads, head_dim], cos and sin [M, rotary_dim]."""
+    size = cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    swapped = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], dim=-1)
+    return torch.cat([turned * cos[:, None] + swapped * sin[:, None], rest], dim=-1)
+
+
+def before(block: Block, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From a layer's input to what its attention reads.
+
+    Args:
+        block: the layer.
+        hidden: [M, hidden], one new token of each of M sequences.
+        cos: [M, rotary_dim], as transformers gives it (the second half repeats the first).
+        sin: same.
+
+    Returns:
+        q [M, heads, head_dim], k and v [M, kv_heads, head_dim].
+    """
+    x = rms_norm(hidden, block.attention_norm, block.epsilon)
+    q, k, v = (
+        linear(x, part, block.activations).unflatten(-1, (-1, block.head_dim)) for part in (block.q, block.k, block.v)
+    )
+    if block.q_norm is not None:
+        q = rms_norm(q, block.q_norm, block.epsilon)
+    if block.k_norm is not None:
+        k = rms_norm(k, block.k_norm, block.epsilon)
+    return rope(q, cos, sin), rope(k, cos, sin), v
+
+
+def after(block: Block, attention: Tensor, hidden: Tensor) -> Tensor:
+    """From the attention's output [M, heads * head_dim] and the layer's input [M, hidden] to its output [M, hidden]."""
+    x = hidden + linear(attention, block.o, block.activations)
+    normed = rms_norm(x, block.mlp_norm, block.epsilon)
+    gate = linear(normed, block.gate, block.activations)
+    acted = F.silu(gate) if block.act == "silu" else F.gelu(gate, approximate="tanh")
+    return x + linear(acted * linear(normed, block.up, block.activations), block.down, block.activations)
+
+
+def norm_linear(
+    layer: Linear, norm: Tensor, epsilon: float, hidden: Tensor, activations: Activations = "float"
+) -> Tensor:
+    """The end of a model: linear(RMSNorm(hidden)), [M, hidden] to [M, N]."""
+    return linear(rms_norm(hidden, norm, epsilon), layer, activations)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """softmax(scaling q k^T + mask) v for one query token a sequence.
+
+    Args:
+        q: [B, heads, D].
+        k: [B, kv_heads, T, D]; query head h reads KV head h // (heads // kv_heads).
+        v: same.
+        mask: [B, T], bool (True: look) or float to be added; None: look everywhere.
+        scaling: of the scores.
+
+    Returns:
+        [B, heads, D]; zeros where the mask leaves nothing.
+    """
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    scores = scaling * torch.einsum("bhd,bhtd->bht", q, keys)
+    if mask is not None:
+        added = (
+            torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        )
+        scores = scores + added[:, None]
+    seen = (scores > -torch.inf).any(-1, keepdim=True)
+    weights = torch.where(seen, scores, 0).softmax(-1) * seen
+    return torch.einsum("bht,bhtd->bhd", weights, values)

@@ -1,0 +1,75 @@
+"""Dense causal attention of many query rows, with grouped heads, ragged batches, and a sink and window a KV head."""
+
+import torch
+from compress.kernels import dispatch
+from compress.kernels.flash_prefill import cpu
+from compress.kernels.flash_prefill import reference as _reference
+from compress.kernels.flash_prefill import triton as _triton
+from torch import Tensor
+
+__all__ = ["check", "flash_prefill", "path"]
+
+
+def flash_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None = None,
+    bounds: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scaling q k^T) v`` with online softmax (FlashAttention, arXiv 2205.14135), and its log-sum-exp.
+
+    Keys lie in T slots. The rows of q are the last R slots, so that row r is at slot T - R + r, and a row attends the
+    slots up to its own. Batches are ragged by ``bounds``: sequence b is in slots ``bounds[b, 0] : bounds[b, 1]``, with
+    padding to the left, to the right, or both. ``reach`` narrows a KV head to a sink and a window: the row at slot i
+    attends slot j <= i if ``j - bounds[b, 0] < sink`` or ``j > i - window``. Two results over disjoint keys merge by
+    their log-sum-exp: ``out = sum_s exp(lse_s - lse) out_s``.
+
+    Args:
+        q: queries after rotary embedding ``[B, H, R, D]``, R <= T, float16, bfloat16 or float32.
+        k: keys after rotary embedding ``[B, Hkv, T, D]``; H is a multiple of Hkv.
+        v: values ``[B, Hkv, T, D]``.
+        scaling: factor of the scores; None for ``1 / sqrt(D)``.
+        bounds: integers ``[B, 2]``, first slot and one past the last; None: all slots of all sequences.
+        reach: integers ``[Hkv, 2]``, sink and window in tokens, window >= 1; a window of T or more means a full head.
+            None: full heads.
+
+    Returns:
+        Output ``[B, H, R, D]`` in the dtype of q, and the natural log-sum-exp of the scores ``[B, H, R]`` float32. A
+        row outside its sequence's bounds gives zeros and minus infinity.
+
+    Raises:
+        ValueError: shapes that don't fit; a GPU that can't run the kernel.
+    """
+    check(q, k, v, bounds, reach)
+    if path(q) == "triton":
+        return _triton.flash_prefill(q, k, v, scaling, bounds, reach)
+    if q.device.type == "cpu":
+        return cpu.flash_prefill(q, k, v, scaling, bounds, reach)
+    return _reference.flash_prefill(q, k, v, scaling, bounds, reach)
+
+
+def path(q: Tensor) -> dispatch.Path:
+    """The path that `flash_prefill` takes; "reference" is PyTorch, on a CPU its blockwise attention."""
+    return dispatch.pick(q.device, has_triton=q.dtype in (torch.float16, torch.bfloat16, torch.float32))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, reach: Tensor | None) -> None:
+    """The shapes of `flash_prefill` and `flash_decode`.
+
+    Raises:
+        ValueError: they don't fit each other.
+    """
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"queries [B, H, R, D] don't fit keys and values [B, Hkv, T, D]: {shapes}")
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"queries, keys and values must have one dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads aren't a multiple of {k.shape[1]} KV heads")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query rows don't fit {k.shape[2]} keys")
+    for name, pairs, rows in (("bounds", bounds, k.shape[0]), ("reach", reach, k.shape[1])):
+        if pairs is not None and (pairs.shape != (rows, 2) or pairs.is_floating_point()):
+            raise ValueError(f"{name} must be integers [{rows}, 2], got {pairs.dtype} of shape {list(pairs.shape)}")

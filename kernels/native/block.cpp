@@ -1,0 +1,250 @@
+// The parts of a decoder layer around its attention, and attention of one query token, in fp32.
+//
+// What isn't written in registers (lanes.h) are plain loops that a compiler turns into vector code in every build.
+
+#include "block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "lanes.h"
+
+namespace compress {
+namespace {
+
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer buffer(int64_t values) { return Buffer(static_cast<float*>(std::malloc(static_cast<size_t>(4 * values + 4)))); }
+
+float dot_product(const float* a, const float* b, int64_t size) {
+    Floats even = zeros();
+    Floats odd = zeros();
+    const int64_t whole = size / (2 * LANES) * (2 * LANES);
+    for (int64_t i = 0; i < whole; i += 2 * LANES) {
+        even = fma(load(a + i), load(b + i), even);
+        odd = fma(load(a + i + LANES), load(b + i + LANES), odd);
+    }
+    float total = sum_of(add(even, odd));
+    for (int64_t i = whole; i < size; ++i) total += a[i] * b[i];
+    return total;
+}
+
+// e^x to 2 units in the last place; 0 below -87, and NaN stays NaN.
+inline float exponential(float x) {
+    const float capped = x > 88.0f ? 88.0f : x;
+    const float clipped = capped < -87.0f ? -87.0f : capped;
+    const float whole = clipped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer stands in the low bits
+    const float n = whole - 12582912.0f;
+    const float r = clipped - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits;
+    std::memcpy(&bits, &whole, 4);
+    const uint32_t power = static_cast<uint32_t>(bits - 0x4b400000 + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+
+void rms_norm(const float* x, const float* weight, double epsilon, int64_t size, float* y) {
+    const float mean = dot_product(x, x, size) / static_cast<float>(size);
+    const float inverse = 1.0f / std::sqrt(mean + static_cast<float>(epsilon));
+    for (int64_t i = 0; i < size; ++i) y[i] = x[i] * inverse * weight[i];
+}
+
+void rotate(float* head, const float* cos, const float* sin, int64_t rotary) {
+    const int64_t half = rotary / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = head[i];
+        const float high = head[i + half];
+        head[i] = low * cos[i] - high * sin[i];
+        head[i + half] = high * cos[i + half] + low * sin[i + half];
+    }
+}
+
+void norm_and_rotate(const CompressBlock& block, float* heads, int64_t number, const float* norm, const float* cos,
+                     const float* sin) {
+    for (int64_t h = 0; h < number; ++h) {
+        float* head = heads + h * block.head_dim;
+        if (norm != nullptr) rms_norm(head, norm, block.epsilon, block.head_dim, head);
+        rotate(head, cos, sin, block.rotary_dim);
+    }
+}
+
+// gate = act(gate) * up
+void gated(float* gate, const float* up, int64_t size, int64_t act) {
+    if (act == COMPRESS_SILU) {
+        for (int64_t i = 0; i < size; ++i) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+        return;
+    }
+    for (int64_t i = 0; i < size; ++i) {  // x (1 + tanh z) / 2 = x / (1 + e^(-2 z))
+        const float x = gate[i];
+        const float z = 0.7978845608f * (x + 0.044715f * x * x * x);
+        gate[i] = x / (1.0f + exponential(-2.0f * z)) * up[i];
+    }
+}
+
+// The layers that read one input share its prepared form as long as they can.
+struct Step {
+    const CompressLinear* layer;
+    float* y;
+};
+
+bool run(const Step* steps, int count, const float* x, int64_t tokens, int64_t activations, int64_t threads) {
+    Activations input;
+    for (int i = 0; i < count; ++i) {
+        const CompressLinear& layer = *steps[i].layer;
+        const bool ready = i > 0 && Activations::shared(layer, *steps[i - 1].layer);
+        if (!ready && !input.prepare(layer, x, tokens, activations)) return false;
+        apply(layer, input, steps[i].y, layer.rows, threads);
+    }
+    return true;
+}
+
+bool normed(const Step* steps, int count, const float* x, const float* norm, double epsilon, int64_t tokens,
+            int64_t activations, int64_t threads) {
+    const int64_t columns = steps[0].layer->columns;
+    const Buffer y = buffer(tokens * columns);
+    if (!y) return false;
+    for (int64_t m = 0; m < tokens; ++m) rms_norm(x + m * columns, norm, epsilon, columns, y.get() + m * columns);
+    return run(steps, count, y.get(), tokens, activations, threads);
+}
+
+void add_to(float* x, const float* y, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) x[i] += y[i];
+}
+
+// scores [tokens]: q k + mask, for one head of one sequence. Returns the largest.
+float score(const CompressAttention& call, int64_t b, const float* q, const float* k, float* scores) {
+    const float scaling = static_cast<float>(call.scaling);
+    const uint8_t* kept = static_cast<const uint8_t*>(call.mask) + b * call.mask_batch;
+    const float* added = static_cast<const float*>(call.mask) + b * call.mask_batch;
+    float largest = -INFINITY;
+    for (int64_t t = 0; t < call.tokens; ++t) {
+        float s = scaling * dot_product(q, k + t * call.k_token, call.head_dim);
+        if (call.mask_kind == COMPRESS_MASK_FLOAT) s += added[t];
+        if (call.mask_kind == COMPRESS_MASK_BOOL && kept[t] == 0) s = -INFINITY;
+        scores[t] = s;
+        largest = s > largest || s != s ? s : largest;
+    }
+    return largest;
+}
+
+// weights = e^(scores - largest), in place; returns their sum.
+float exponentials(float* scores, int64_t tokens, float largest) {
+    for (int64_t t = 0; t < tokens; ++t) scores[t] = exponential(scores[t] - largest);
+    Floats sums = zeros();
+    const int64_t whole = tokens / LANES * LANES;
+    for (int64_t t = 0; t < whole; t += LANES) sums = add(sums, load(scores + t));
+    float total = sum_of(sums);
+    for (int64_t t = whole; t < tokens; ++t) total += scores[t];
+    return total;
+}
+
+// out = sum over tokens of weights times values, divided by the sum of the weights.
+void attend(const CompressAttention& call, const float* v, const float* weights, float total, float* out) {
+    const int64_t size = call.head_dim;
+    constexpr int64_t WIDE = 4 * LANES;
+    const float inverse = 1.0f / total;
+    int64_t d = 0;
+    for (; d + WIDE <= size; d += WIDE) {
+        Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};
+        const float* value = v + d;
+        for (int64_t t = 0; t < call.tokens; ++t, value += call.v_token) {
+            const Floats w = all(weights[t]);
+            for (int i = 0; i < 4; ++i) sums[i] = fma(w, load(value + i * LANES), sums[i]);
+        }
+        for (int i = 0; i < 4; ++i) store(out + d + i * LANES, mul(sums[i], all(inverse)));
+    }
+    for (; d < size; ++d) {
+        float sum = 0.0f;
+        for (int64_t t = 0; t < call.tokens; ++t) sum += weights[t] * v[t * call.v_token + d];
+        out[d] = sum * inverse;
+    }
+}
+
+}  // namespace
+}  // namespace compress
+
+extern "C" {
+
+int64_t compress_block_before(const CompressBlock* block, const float* hidden, const float* cos, const float* sin,
+                              int64_t count, float* q, float* k, float* v) {
+    const compress::Step steps[] = {{&block->q, q}, {&block->k, k}, {&block->v, v}};
+    if (!compress::normed(steps, 3, hidden, block->attention_norm, block->epsilon, count, block->activations,
+                          block->threads)) {
+        return 1;
+    }
+    for (int64_t m = 0; m < count; ++m) {
+        const float* c = cos + m * block->rotary_dim;
+        const float* s = sin + m * block->rotary_dim;
+        compress::norm_and_rotate(*block, q + m * block->q.rows, block->heads, block->q_norm, c, s);
+        compress::norm_and_rotate(*block, k + m * block->k.rows, block->kv_heads, block->k_norm, c, s);
+    }
+    return 0;
+}
+
+int64_t compress_block_after(const CompressBlock* block, const float* attention, float* hidden, int64_t count) {
+    const int64_t values = count * block->hidden;
+    const int64_t inner = count * block->gate.rows;
+    const compress::Buffer memory = compress::buffer(values + 2 * inner);
+    if (!memory) return 1;
+    float* y = memory.get();
+    float* gate = y + values;
+    float* up = gate + inner;
+
+    const compress::Step out[] = {{&block->o, y}};
+    if (!compress::run(out, 1, attention, count, block->activations, block->threads)) return 1;
+    compress::add_to(hidden, y, values);
+
+    const compress::Step wide[] = {{&block->gate, gate}, {&block->up, up}};
+    if (!compress::normed(wide, 2, hidden, block->mlp_norm, block->epsilon, count, block->activations, block->threads)) {
+        return 1;
+    }
+    compress::gated(gate, up, inner, block->act);
+
+    const compress::Step down[] = {{&block->down, y}};
+    if (!compress::run(down, 1, gate, count, block->activations, block->threads)) return 1;
+    compress::add_to(hidden, y, values);
+    return 0;
+}
+
+int64_t compress_norm_linear(const CompressLinear* layer, const float* norm, double epsilon, const float* hidden,
+                             int64_t count, int64_t activations, int64_t threads, float* y) {
+    const compress::Step steps[] = {{layer, y}};
+    return compress::normed(steps, 1, hidden, norm, epsilon, count, activations, threads) ? 0 : 1;
+}
+
+int64_t compress_decode_attention(const CompressAttention* call) {
+    const compress::Buffer scores = compress::buffer(call->tokens);
+    if (!scores) return 1;
+    const int64_t shared = call->heads / call->kv_heads;
+    for (int64_t i = 0; i < call->batch * call->heads; ++i) {
+        const int64_t b = i / call->heads;
+        const int64_t kv = i % call->heads / shared;
+        const float* k = call->k + b * call->k_batch + kv * call->k_head;
+        const float* v = call->v + b * call->v_batch + kv * call->v_head;
+        float* out = call->out + i * call->head_dim;
+        const float largest = compress::score(*call, b, call->q + i * call->head_dim, k, scores.get());
+        if (largest == -INFINITY) {
+            std::fill(out, out + call->head_dim, 0.0f);
+            continue;
+        }
+        const float total = compress::exponentials(scores.get(), call->tokens, largest);
+        compress::attend(*call, v, scores.get(), total, out);
+    }
+    return 0;
+}
+
+}  // extern "C"
