@@ -3,7 +3,7 @@
 from typing import Any
 
 import click
-from compress.cli.params import machine_options
+from compress.cli.params import activations_option, machine_options
 
 from compress.options import GenerateOptions
 
@@ -29,6 +29,7 @@ from compress.options import GenerateOptions
     "--seed", type=click.IntRange(min=0), default=GenerateOptions.seed, show_default=True, help="Seed of the sampling."
 )
 @click.option("--chat/--no-chat", default=None, help="Use the chat template [default: if the model has one].")
+@activations_option
 @machine_options
 def generate_command(model: str, prompt: str, **options: Any) -> None:
     """Generate text with the model or artifact in DIR (a Hub id works too), as it is made."""

@@ -8,7 +8,21 @@ from compress.calibrate.errors import InputError, did_you_mean
 
 from compress import __version__
 
-COMMANDS = ("run", "plan", "eval", "bench", "prove", "report", "compare", "inspect", "push", "recipes", "generate")
+COMMANDS = (
+    "run",
+    "plan",
+    "eval",
+    "bench",
+    "prove",
+    "report",
+    "compare",
+    "inspect",
+    "push",
+    "recipes",
+    "generate",
+    "serve",
+    "doctor",
+)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _RESUMED = {
     "run": ": the same command goes on from the last finished layer",

@@ -86,6 +86,8 @@ class EvalOptions:
         haystack: text around the needle, with the syntax of the recipe's ``eval.haystack``.
         seed: of the long-context questions.
         batch_size: sequences a forward pass.
+        packed: score an artifact as it is run, over packed weights, instead of unpacked.
+        activations: as in :class:`GenerateOptions`; ``int8`` scores it packed.
         device: as in :class:`RunOptions`.
         trust_remote_code: let a model's own Python code run.
     """
@@ -105,6 +107,8 @@ class EvalOptions:
     haystack: str = "auto"
     seed: int = 0
     batch_size: int = EVAL_BATCH_SIZE
+    packed: bool = False
+    activations: Literal["float", "int8"] = "float"
     device: str = "auto"
     trust_remote_code: bool = False
 
@@ -176,6 +180,7 @@ class BenchOptions:
         dtype: of the computation: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32 on a CPU, else bfloat16.
         one_at_a_time: keep one model in memory and load it again for each turn; without it that is done where memory
             is short.
+        activations: as in :class:`GenerateOptions`.
         seed: of the prompt.
         trust_remote_code: let a model's own Python code run.
     """
@@ -187,5 +192,6 @@ class BenchOptions:
     device: str = "auto"
     dtype: str = "auto"
     one_at_a_time: bool = False
+    activations: Literal["float", "int8"] = "float"
     seed: int = 0
     trust_remote_code: bool = False
