@@ -1,0 +1,13 @@
+"""Loading what was made, or any other model, and running it.
+
+``load`` gives a transformers model. That of an artifact holds its linear layers packed (``linear.py``), read file by
+file without a dense copy (``packed.py``); on a CPU its decoder answers one new token in fused C++ steps
+(``decoder.py``) over a cache with room to grow (``cache.py``).
+"""
+
+from compress.runtime.answer import generate
+from compress.runtime.cache import GrowingCache
+from compress.runtime.linear import PackedLinear
+from compress.runtime.loading import Unloaded, find, load
+
+__all__ = ["GrowingCache", "PackedLinear", "Unloaded", "find", "generate", "load"]

@@ -1,0 +1,240 @@
+"""Artifacts with packed weights in memory: the same answers as dense, in every way of generating."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compress.calibrate.errors import InputError
+from compress.evalsuite.efficiency import allocated
+from models import CONFIGS
+from runs import distance, logits, quick, stored
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.runtime import PackedLinear, load
+
+Tiny = Callable[[str], Path]
+Artifacts = Callable[..., Path]
+FORMATS = "export.formats=[compressed-tensors,gptq]"
+MIXED = ("weights.bits=3", "weights.overrides={down_proj: 8, layers.1: 2}", "weights.lm_head_bits=8")
+ASYMMETRIC = ("weights.bits=2", "weights.symmetric=false")
+CHANNELS = ("weights.group_size=-1", "export.dtype=bfloat16")
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """``artifacts(name, *sets)``: a quick artifact of a tiny model, made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(name: str, *sets: str) -> Path:
+        if (name, *sets) not in made:
+            out = tmp_path_factory.mktemp("packed") / "out"
+            made[name, *sets] = quick(tiny(name), "rtn", out, text, *(sets or (FORMATS,))).out
+        return made[name, *sets]
+
+    return make
+
+
+def pair(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    return load(folder)[0], load(folder, packed=False)[0]
+
+
+def ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(batch: int, length: int) -> dict[str, Tensor]:
+    """A batch whose sequences are padded on the left by 0, 1, 2, ... tokens."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        mask[row, :row] = 0
+    return {"input_ids": ids(batch, length) * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_logits_are_those_of_the_dequantized_weights(artifacts: Artifacts, name: str, form: str) -> None:
+    out = artifacts(name)
+    packed, dense = pair(out if form == "compressed-tensors" else out / form)
+    assert distance(logits(packed), logits(dense)) < 1e-4
+    assert isinstance(packed, type(dense))
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == 21
+    assert not any(isinstance(module, nn.Linear) for module in packed.modules())
+    for layer, other in zip(layers, (m for m in dense.model.layers.modules() if isinstance(m, nn.Linear)), strict=True):
+        torch.testing.assert_close(layer.dequantize(), other.weight, atol=1e-6, rtol=1e-4)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3},
+    "penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("way", WAYS)
+def test_generation_is_that_of_the_dense_model(artifacts: Artifacts, name: str, way: str) -> None:
+    found = []
+    for model in pair(artifacts(name)):
+        torch.manual_seed(1)
+        settings = {"do_sample": False, "min_new_tokens": 14, "max_new_tokens": 14} | WAYS[way]
+        found.append(model.generate(**padded(2, 9), **settings))
+    assert found[0].shape[1] == 23
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_untied"])
+def test_prompt_lookup_and_assistants(artifacts: Artifacts, name: str) -> None:
+    packed, dense = pair(artifacts(name))
+    prompt = {"input_ids": ids(1, 5).repeat(1, 3), "attention_mask": torch.ones(1, 15, dtype=torch.long)}
+    settings = {"do_sample": False, "max_new_tokens": 14, "min_new_tokens": 14}
+    expected = dense.generate(**prompt, **settings)
+    assert torch.equal(packed.generate(**prompt, **settings, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(packed.generate(**prompt, **settings, assistant_model=packed), expected)
+
+
+@pytest.mark.parametrize("sets", [MIXED, ASYMMETRIC, CHANNELS], ids=["mixed", "asymmetric", "channels"])
+@pytest.mark.parametrize("name", ["qwen3", "llama_untied"])
+def test_widths_and_schemes(artifacts: Artifacts, name: str, sets: tuple[str, ...]) -> None:
+    packed, dense = pair(artifacts(name, *sets))
+    assert distance(logits(packed), logits(dense)) < 1e-4
+    bits = {key: module.bits for key, module in packed.named_modules() if isinstance(module, PackedLinear)}
+    if sets is MIXED:
+        assert bits["model.layers.0.mlp.down_proj"] == bits["lm_head"] == 8
+        assert bits["model.layers.1.mlp.up_proj"] == 2
+        assert bits["model.layers.2.mlp.up_proj"] == 3
+    settings = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    assert torch.equal(*(model.generate(**padded(2, 6), **settings) for model in (packed, dense)))
+
+
+def test_nothing_dense_stays(artifacts: Artifacts) -> None:
+    out = artifacts(
+        "llama", "weights.group_size=32", "weights.lm_head_bits=8", "weights.untie=yes", "export.dtype=float16"
+    )
+    model, _ = load(out)
+    files = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert allocated(model).nbytes < 1.05 * files
+    assert model.model.embed_tokens.weight.dtype == torch.float16
+    assert model.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert "bits=8, group_size=32, symmetric" in repr(model.lm_head)
+    tied, _ = load(artifacts("qwen2"))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_gradients_reach_the_inputs(artifacts: Artifacts) -> None:
+    found = []
+    for model in pair(artifacts("qwen3")):
+        embedded = model.get_input_embeddings()(ids(1, 6)).detach().clone().requires_grad_()
+        model(inputs_embeds=embedded).logits.square().sum().backward()
+        found.append(embedded.grad)
+    assert distance(*found) < 1e-4
+
+
+def test_bfloat16(artifacts: Artifacts) -> None:
+    packed, _ = load(artifacts("llama"), dtype=torch.bfloat16)
+    dense, _ = load(artifacts("llama"), packed=False)
+    assert packed(ids(1, 4)).logits.dtype == packed.dtype == torch.bfloat16
+    assert distance(logits(packed).float(), logits(dense)) < 0.1
+
+
+def test_8_bit_activations(artifacts: Artifacts) -> None:
+    packed, _ = load(artifacts("llama"), activations="int8")
+    dense, _ = load(artifacts("llama"), packed=False)
+    assert 1e-5 < distance(logits(packed), logits(dense)) < 0.05
+    with pytest.raises(InputError, match="--activations=int4: unknown"):
+        load(artifacts("llama"), activations="int4")  # type: ignore[arg-type]
+
+
+def test_a_packed_model_is_not_saved_but_copied(artifacts: Artifacts, tmp_path: Path) -> None:
+    model, _ = load(artifacts("llama"))
+    with pytest.raises(ValueError, match="copy the folder"):
+        model.save_pretrained(tmp_path)
+    again = copy.deepcopy(model)
+    assert torch.equal(logits(again), logits(model))
+
+
+def damaged(artifacts: Artifacts, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], part: str = "") -> Path:
+    """A copy of an artifact whose tensors are changed, and whose report is taken away with its checksums."""
+    copied = shutil.copytree(artifacts("llama"), tmp_path / "out")
+    (copied / "report.json").unlink()
+    tensors = stored(copied / part)
+    change(tensors)
+    (copied / part / "model.safetensors").unlink()
+    save_file(tensors, copied / part / "model.safetensors")
+    return copied / part
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), f"lacks the tensor {LAYER}.weight_scale"),
+        (lambda t: t.pop("model.norm.weight"), "lacks the tensor model.norm.weight"),
+        (lambda t: t.pop(f"{LAYER}.weight_packed"), f"lacks the tensor {LAYER}.weight"),
+        (
+            lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"][:, :-1].contiguous()}),
+            f"{LAYER}.weight_packed is int32 .*expected int32 ",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"].long()}),
+            f"{LAYER}.weight_packed is int64",
+        ),
+        (lambda t: t[f"{LAYER}.weight_shape"].add_(1), f"{LAYER}.weight_shape isn't"),
+        (lambda t: t.update(k_scale=torch.ones(1)), "holds k_scale, which the model"),
+    ],
+    ids=["missing", "no norm", "no codes", "shape", "dtype", "stored shape", "unknown"],
+)
+def test_tensors_that_are_not_what_they_should_be(
+    artifacts: Artifacts, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem) as caught:
+        load(damaged(artifacts, tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_gptq_out_of_order(artifacts: Artifacts, tmp_path: Path) -> None:
+    folder = damaged(artifacts, tmp_path, lambda t: t[f"{LAYER}.g_idx"].copy_(t[f"{LAYER}.g_idx"].flip(0)), "gptq")
+    with pytest.raises(InputError, match=f"{LAYER}.g_idx isn't in order"):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["", "gptq"])
+def test_a_flipped_bit_is_found(artifacts: Artifacts, tmp_path: Path, part: str) -> None:
+    copied = shutil.copytree(artifacts("llama"), tmp_path / "out")
+    path = copied / part / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"is damaged: (gptq/)?model\.safetensors changed"):
+        load(copied / part)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block["config_groups"]["group_0"].update(input_activations={"num_bits": 8, "type": "int"}),
+        lambda block: block.update(kv_cache_scheme={"num_bits": 8}),
+        lambda block: block["config_groups"]["group_0"]["weights"].update(type="float"),
+        lambda block: block.update(quant_method="bitsandbytes"),
+    ],
+)
+def test_formats_that_are_not_run_packed(artifacts: Artifacts, change: Callable[[dict[str, Any]], Any]) -> None:
+    from compress.runtime.formats import packed_format
+    from compress.runtime.stored import StoredTensors
+
+    folder = artifacts("llama")
+    block = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert packed_format(StoredTensors(folder), block) is not None
+    change(block)
+    assert packed_format(StoredTensors(folder), block) is None
