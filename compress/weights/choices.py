@@ -164,7 +164,12 @@ def estimate(facts: ModelFacts, recipe: Recipe) -> Estimate:
     residual, per_head = describe(facts, settings)
     size = group_size(facts, settings)
     shares = min(4 * widest**2 * (torch.get_num_threads() + 1), SHARES_BYTES)
+    if settings.tune_epochs and calibration is not None:
+        windows = calibration.samples + (facts.num_layers + 1) * settings.tune_batch
+        scratch += ActivationFile.nbytes((windows, length, hidden)) + result  # its layers once more, tuned
     memory = shares + layer_weights * 12 + widest**2 * 24 + vocab * hidden * (8 + 4) + len(inputs) * length * widest * 4
+    if settings.tune_epochs:  # two dense heads; a layer's codes, weights and gradients
+        memory = max(memory, vocab * hidden * 8 + layer_weights * 4 * (2 + torch.get_num_threads()))
     return Estimate(
         lines=_lines(facts, recipe, size, residual, per_head),
         flops=flops,

@@ -35,8 +35,8 @@ class Learned:
     @classmethod
     def zeros(cls, shapes: Mapping[str, torch.Size]) -> "Learned":
         """Nothing learnt yet."""
-        made = ({name: torch.zeros(shape) for name, shape in shapes.items()} for _ in range(3))
-        return cls(*made)
+        d, first, second = ({name: torch.zeros(shape) for name, shape in shapes.items()} for _ in range(3))
+        return cls(d, first, second)
 
     def factor(self, name: str) -> Tensor | float:
         """``1 + d`` of a tensor; 1 for one that isn't learnt."""

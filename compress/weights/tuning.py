@@ -107,9 +107,10 @@ class Tuner:
         for i, ids in enumerate(self.ids):
             self.targets[i] = embed[ids]
         del embed
+        targets = [self.targets[i] for i in range(len(self.ids))]
         for index in range(view.num_layers):
             layer = view.build_layer(index, view.layer_weights(index)).to(self.device)
-            self._through(layer, index, lambda i: self.targets[i], self.targets.__setitem__, range(len(self.ids)))
+            self._through(layer, index, targets, targets)
         gain = view.final_norm_weight()
         for i in range(len(self.ids)):
             self.targets[i] = _rms_norm(self.targets[i], gain, view.config.rms_norm_eps)
@@ -149,28 +150,19 @@ class Tuner:
             self._slot(0, slot).copy_(self.embed[self.ids[window]])
         for index, path in enumerate(self.parts.layers):
             layer = self._layer(index, load_file(path), learned).module
-            self._through(
-                layer,
-                index,
-                lambda slot, i=index: self._slot(i, slot),
-                lambda slot, y, i=index: self._slot(i + 1, slot).copy_(y),
-                range(len(windows)),
-            )
+            inputs = [self._slot(index, slot) for slot in range(len(windows))]
+            outputs = [self._slot(index + 1, slot) for slot in range(len(windows))]
+            self._through(layer, index, inputs, outputs)
 
-    def _through(
-        self,
-        layer: nn.Module,
-        index: int,
-        read: Callable[[int], Tensor],
-        write: Callable[[int, Tensor], object],
-        items: range,
-    ) -> None:
+    def _through(self, layer: nn.Module, index: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Run windows through a layer; an output may be the place of its own input."""
         mask = self._mask(index)
 
         def one(i: int) -> None:
-            write(i, run_layer(layer, read(i).unsqueeze(0).to(self.device), self.positions, mask)[0].cpu())
+            y = run_layer(layer, inputs[i].unsqueeze(0).to(self.device), self.positions, mask)
+            outputs[i].copy_(y[0])
 
-        for _ in self.workers.map(one, items):
+        for _ in self.workers.map(one, range(len(inputs))):
             pass
 
     def _backward(self, index: int, learned: Learned, gradients: dict[int, Tensor], rate: float) -> dict[int, Tensor]:
