@@ -10,7 +10,6 @@ loaded and before the model was.
 import argparse
 import ctypes
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -44,15 +43,19 @@ def answers(generate: Callable[[int, int], None]) -> dict[str, float]:
 
 
 def serve_transformers(model: str, packed: bool, activations: str) -> None:
-    """Load with ``compress.load`` and answer every line of the input with a line of figures."""
+    """Load as ``compress.load`` does and answer every line of the input with a line of figures."""
     import torch
+    from compress.evalsuite.efficiency import HighWater
 
-    from compress.runtime import load
+    from compress.runtime import Compute, find
 
     torch.set_num_threads(1)
-    before = resident()
-    loaded, _ = load(model, packed=packed, activations=activations)  # type: ignore[arg-type]
-    loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    before, cpu = resident(), torch.device("cpu")
+    found = find(model)
+    water = HighWater(cpu)
+    water.reset()
+    loaded = found.open(Compute(activations=activations), cpu, packed)  # type: ignore[arg-type]
+    loading = water.peak()
     loaded.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, loaded.config.vocab_size, (1, LONG), generator=generator)
@@ -163,8 +166,10 @@ def main() -> None:
         side.close()
     print("\n".join(table(sides)))
     for side in sides[1:]:
-        if "loading" in side.rounds[0]:
-            print(f"{side.name}: peak while loading {side.rounds[0]['loading'] / 1e6:.0f} MB over the libraries")
+        if side.rounds[0].get("loading"):
+            print(
+                f"{side.name}: peak while loading {side.rounds[0]['loading'] / 1e6:.0f} MB over libraries and tokenizer"
+            )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from typing import Any
 
 import click
-from compress.cli.params import Counts, json_option, machine_options, show
+from compress.cli.params import Counts, activations_option, json_option, machine_options, show
 
 from compress.options import BenchOptions
 
@@ -49,6 +49,7 @@ from compress.options import BenchOptions
 @click.option(
     "--no-save", is_flag=True, help="Leave the artifact's report as it is, as with any baseline but its original."
 )
+@activations_option
 @machine_options
 @json_option
 def bench_command(artifact: str, against: str, no_save: bool, as_json: bool, **options: Any) -> None:

@@ -6,7 +6,16 @@ from typing import Any, TypeVar
 
 import click
 from compress.calibrate.errors import InputError
-from compress.cli.params import CountOrAll, Counts, Names, json_option, machine_options, show, task_path_option
+from compress.cli.params import (
+    CountOrAll,
+    Counts,
+    Names,
+    activations_option,
+    json_option,
+    machine_options,
+    show,
+    task_path_option,
+)
 
 from compress.options import LARGEST_SEED, EvalOptions
 
@@ -108,6 +117,8 @@ def eval_options(command: F) -> F:
     type=click.Path(path_type=Path),
     help="Write lm-eval's own files into DIR/MODEL, or what --json prints into a file.",
 )
+@click.option("--packed", is_flag=True, help="Score an artifact as it is run, over packed weights, not unpacked.")
+@activations_option
 @click.option("--log-samples", is_flag=True, help="With --output DIR: every question with its answer, too.")
 @machine_options
 @json_option

@@ -249,6 +249,7 @@ def _settings(options: BenchOptions, device: torch.device, contexts: list[int]) 
         dtype=DTYPES[dtype],
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
+        activations=options.activations,
     )
     settings.check(context)
     return settings

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import compressed_tensors  # noqa: F401  (the libraries belong to the base line of memory, not to a model)
 import torch
@@ -59,6 +60,7 @@ class Settings:
     dtype: torch.dtype
     seed: int
     trust_remote_code: bool
+    activations: Literal["float", "int8"] = "float"
 
     def check(self, context: int | None) -> None:
         """Compare with a model's context.
@@ -152,7 +154,10 @@ class OpenSide:
             model = source().to(device).eval()
         else:
             trust = settings.trust_remote_code
-            model = load(source, device=settings.device, dtype=settings.dtype, trust_remote_code=trust)[0]
+            kind = settings.activations
+            model = load(
+                source, device=settings.device, dtype=settings.dtype, activations=kind, trust_remote_code=trust
+            )[0]
         seconds = time.perf_counter() - started
         settings.check(getattr(model.config, "max_position_embeddings", None))
         weights = allocated(model)

@@ -24,7 +24,7 @@ from compress.evalsuite.scores import Scores, finite
 from compress.evalsuite.statistics import EXPLANATION
 from compress.memory import release
 from compress.options import EvalOptions
-from compress.runtime import Unloaded, find
+from compress.runtime import Compute, Unloaded, find
 
 Open = Callable[[], PreTrainedModel]
 """Loads a model to the device where it is scored."""
@@ -158,8 +158,10 @@ def evaluate(
         prepared = replace(
             prepared, on_scores=lambda which, scores, samples: output.keep(names[which], scores, samples, template)
         )
+    packed = options.packed or options.activations == "int8"
+    compute = Compute(activations=options.activations)
     outcome = score_models(
-        partial(load_to, found, device),
+        partial(found.open, compute, device) if packed else partial(load_to, found, device),
         None if other is None else partial(load_to, other, device),
         found.tokenizer,
         prepared,
@@ -272,7 +274,7 @@ def token_problem(model: Unloaded, other: Unloaded, name: str) -> str | None:
 
 
 def load_to(found: Unloaded, device: torch.device) -> PreTrainedModel:
-    """Load a model for scoring, in float32."""
+    """Load a model for scoring, dense and in float32."""
     return found.load(torch.float32).to(device)
 
 

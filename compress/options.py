@@ -180,9 +180,9 @@ class BenchOptions:
         dtype: of the computation: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32 on a CPU, else bfloat16.
         one_at_a_time: keep one model in memory and load it again for each turn; without it that is done where memory
             is short.
-        activations: as in :class:`GenerateOptions`.
         seed: of the prompt.
         trust_remote_code: let a model's own Python code run.
+        activations: as in :class:`GenerateOptions`.
     """
 
     prompt_tokens: int | None = None
@@ -192,6 +192,6 @@ class BenchOptions:
     device: str = "auto"
     dtype: str = "auto"
     one_at_a_time: bool = False
-    activations: Literal["float", "int8"] = "float"
     seed: int = 0
     trust_remote_code: bool = False
+    activations: Literal["float", "int8"] = "float"

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact.compressed_tensors import schemes_of
-from compress.artifact.export import read_report, sha256, weight_files
+from compress.artifact.export import read_report, weight_files
 from compress.artifact.gptq import gptq_scheme
 from compress.artifact.shards import tensor_header
+from compress.calibrate.disk import sha256
 from compress.calibrate.errors import InputError
 
 
@@ -86,10 +87,11 @@ def inspect(folder: Path) -> Inspection:
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + 1
     report = read_report(folder)
     files = report["artifact"]["files"] if report else {}
-    damaged = [name for name, facts in files.items() if not _intact(folder / name, facts)]
+    damaged = [name for name, facts in files.items() if not intact(folder / name, facts)]
     nbytes = sum(path.stat().st_size for path in weight_files(folder))
     return Inspection(folder, report, config, nbytes, counts, damaged)
 
 
-def _intact(path: Path, facts: dict[str, Any]) -> bool:
+def intact(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether a file is the one that a report's ``artifact.files`` describes."""
     return path.is_file() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]

@@ -7,7 +7,7 @@ file without a dense copy (``packed.py``); on a CPU its decoder answers one new 
 
 from compress.runtime.answer import generate
 from compress.runtime.cache import GrowingCache
-from compress.runtime.linear import PackedLinear
+from compress.runtime.linear import Compute, PackedLinear
 from compress.runtime.loading import Unloaded, find, load
 
-__all__ = ["GrowingCache", "PackedLinear", "Unloaded", "find", "generate", "load"]
+__all__ = ["Compute", "GrowingCache", "PackedLinear", "Unloaded", "find", "generate", "load"]

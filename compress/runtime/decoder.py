@@ -128,7 +128,9 @@ class FusedDecoder(nn.Module):
         """Whether the fused steps give what the inherited way gives for these arguments."""
         if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or ids.shape[0] > MOST_ROWS or ids.device.type != "cpu":
             return False
-        if any(value for key, value in kwargs.items() if key != "return_dict") or kwargs.get("return_dict") is False:
+        if kwargs.get("return_dict") is False or any(
+            value is not None and value is not False for key, value in kwargs.items() if key != "return_dict"
+        ):
             return False
         config = self.config
         if config._attn_implementation == "eager" or self.training or config.output_hidden_states:
@@ -263,4 +265,7 @@ def _plain(keys: Any, values: Any, mask: Any) -> bool:
         return False
     if keys.dtype != torch.float32 or values.dtype != torch.float32 or keys.stride(-1) != 1 or values.stride(-1) != 1:
         return False
-    return mask is None or (mask.dtype in (torch.bool, torch.float32) and mask.shape[1:3] == (1, 1))
+    if mask is None:
+        return True
+    shape = (keys.shape[0], 1, 1, keys.shape[2])
+    return mask.dtype in (torch.bool, torch.float32) and mask.shape == shape and mask.stride(-1) == 1

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.artifact.export import load_artifact, read_report
-from compress.artifact.gguf import GGUF_FILE
 from compress.artifact.inspect import intact
 from compress.calibrate.errors import InputError, did_you_mean
 from compress.checkpoint import read_json
@@ -18,7 +17,7 @@ from compress.kernels.quant_linear import Activations
 from compress.model import open_model
 from compress.runtime.linear import ACTIVATIONS, Compute
 from compress.runtime.packed import packed_folder
-from compress.source import download, hub_config_folder, hub_weight_bytes, locate
+from compress.source import GGUF_FILE, download, hub_config_folder, hub_weight_bytes, locate
 
 
 def load(

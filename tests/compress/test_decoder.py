@@ -165,6 +165,34 @@ def test_another_attention_function_is_called(models: Models) -> None:
     assert calls == [(16, 8)] * 3 + [(1, 8)] * 12
 
 
+@needs_native
+def test_masks_of_the_caller(models: Models) -> None:
+    model, ids = models("llama_untied"), tokens(2, 9)
+    hidden = torch.rand(2, 1, 1, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    for mask in (hidden, hidden[:1], torch.where(hidden, -1e9, 0.0), hidden.expand(2, 4, 1, 9)):
+        found = []
+        for name in ("sdpa", "eager"):
+            model.set_attn_implementation(name)
+            seen = mask if mask.dtype == torch.bool and name == "sdpa" else mask.float()
+            if mask.dtype == torch.bool and name == "eager":
+                seen = torch.where(mask, 0.0, -1e9)
+            with torch.no_grad():
+                past = model(ids[:, :8], use_cache=True).past_key_values
+                found.append(model(ids[:, 8:], attention_mask=seen, past_key_values=past).logits)
+        model.set_attn_implementation("sdpa")
+        assert distance(*found) < 1e-4
+
+
+def test_without_a_compiler(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = copy.deepcopy(models("qwen2")), tokens(2, 12)
+    expected = stepwise(models("qwen2"), ids)
+    monkeypatch.setattr(native, "library", lambda: None)
+    with counted(model) as plain:
+        assert distance(stepwise(model, ids), expected) < 1e-4
+    assert plain == [8, 1, 1, 1, 1]
+    assert "path=reference" in repr(model.model.layers[0].mlp)
+
+
 def test_the_cache_grows_in_steps_and_is_counted(models: Models) -> None:
     model = models("llama")
     ids = tokens(1, STEP + 1)

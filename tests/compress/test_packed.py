@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from compress.calibrate.errors import InputError
-from compress.evalsuite.efficiency import allocated
-from models import CONFIGS
+from compress.evalsuite.efficiency import HighWater, allocated
+from models import CONFIGS, save_tiny
 from runs import distance, logits, quick, stored
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.evaluate import evaluate
+from compress.memory import release
+from compress.options import EvalOptions
 from compress.runtime import PackedLinear, load
 
 Tiny = Callable[[str], Path]
@@ -128,6 +131,42 @@ def test_nothing_dense_stays(artifacts: Artifacts) -> None:
     assert "bits=8, group_size=32, symmetric" in repr(model.lm_head)
     tied, _ = load(artifacts("qwen2"))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+@pytest.mark.skipif(not HighWater(torch.device("cpu")).resettable, reason="memory high water can't be begun anew here")
+def test_peak_memory_while_loading(tmp_path: Path, text: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 4}
+    out = quick(save_tiny("llama", tmp_path / "m", **sizes), "rtn", tmp_path / "out", text, "weights.group_size=64").out
+    load(out)  # what is imported on the way
+    release()
+    water = HighWater(torch.device("cpu"))
+    water.reset()
+    model, _ = load(out)
+    peak, files = water.peak(), (out / "model.safetensors").stat().st_size
+    assert peak is not None
+    assert allocated(model).nbytes <= 1.02 * files
+    scratch = 24_000_000  # two million codes are repacked at once, whatever the model's size
+    dense = 4 * model.config.num_hidden_layers * 3_800_000
+    assert peak < 1.3 * files + scratch < 0.7 * dense
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads(artifacts: Artifacts, threads: int) -> None:
+    one, more = load(artifacts("llama"))[0], load(artifacts("llama"), threads=threads)[0]
+    settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    assert torch.equal(one.generate(**padded(2, 6), **settings), more.generate(**padded(2, 6), **settings))
+    with pytest.raises(InputError, match="threads"):
+        load(artifacts("llama"), threads=0)
+
+
+def test_evaluation_packed(artifacts: Artifacts, text: Path) -> None:
+    found = {}
+    for packed, activations in ((False, "float"), (True, "float"), (False, "int8")):
+        options = EvalOptions(text=str(text), window=32, windows=2, packed=packed, activations=activations)  # type: ignore[arg-type]
+        found[packed, activations] = evaluate(str(artifacts("llama")), ["perplexity"], options).scores.metrics[0].value
+    assert found[True, "float"] == pytest.approx(found[False, "float"], rel=1e-5)
+    assert found[False, "int8"] != pytest.approx(found[False, "float"], rel=1e-5)
+    assert found[False, "int8"] == pytest.approx(found[False, "float"], rel=0.05)
 
 
 def test_gradients_reach_the_inputs(artifacts: Artifacts) -> None:
