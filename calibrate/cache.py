@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import platformdirs
 import torch
+from compress.calibrate.disk import replacing
 from compress.calibrate.selfgen import GENERATOR_VERSION, SelfText
 from compress.calibrate.windows import CalibrationSet, calibration_set
 from safetensors import SafetensorError, safe_open
@@ -90,7 +89,6 @@ def _load(path: Path, key: str) -> CalibrationSet | None:
 
 
 def _store(path: Path, key: str, made: CalibrationSet) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "key": key,
         "digest": made.digest,
@@ -99,10 +97,5 @@ def _store(path: Path, key: str, made: CalibrationSet) -> None:
         "available": made.available,
         "notes": made.notes,
     }
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file({"ids": made.ids.to(torch.int32)}, name, metadata={"about": json.dumps(about)})
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with replacing(path) as part:
+        save_file({"ids": made.ids.to(torch.int32)}, part, metadata={"about": json.dumps(about)})

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from compress.calibrate.decoding import Filter, Writer, write
@@ -57,7 +58,7 @@ def self_generated(
         samples: how many windows.
         seq_len: tokens of a window.
         settings: sampling, seed and memory.
-        progress: told the tokens written and the tokens wanted.
+        progress: told the tokens written and the tokens wanted, by one thread at a time.
 
     Returns:
         Windows ``[samples, seq_len]``. The text doesn't depend on the batch size, but for rounding.
@@ -69,13 +70,14 @@ def self_generated(
     writers = [Writer(openings, ends) for openings in _scripts(tokenizer, count, settings)]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     banned = torch.arange(min(len(tokenizer), vocabulary), vocabulary)
-    written = 0
+    written, lock = 0, Lock()
 
     def step_done(tokens: int) -> None:
         nonlocal written
-        written += tokens
-        if progress is not None:
-            progress(min(written, samples * seq_len), samples * seq_len)
+        with lock:  # threads count together, and what is told never goes back
+            written += tokens
+            if progress is not None:
+                progress(min(written, samples * seq_len), samples * seq_len)
 
     batch = min(settings.batch, max(1, CACHE_BYTES // _cache_bytes(model, chunk)))
 

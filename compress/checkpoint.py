@@ -4,7 +4,6 @@ Only safetensors and GGUF are read. Files are checked against their headers when
 download is found before any heavy work.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compress.calibrate.disk import sha256
 from compress.calibrate.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -71,8 +71,7 @@ class FileSet:
         """The SHA-256 of each file, by its name; files are streamed, and read once for every instance."""
         for file in self._files:
             if file.name not in self._checksums:
-                with file.open("rb") as stream:
-                    self._checksums[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+                self._checksums[file.name] = sha256(file)
         return dict(self._checksums)
 
 

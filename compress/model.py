@@ -25,7 +25,7 @@ from compress.calibrate.errors import InputError
 from compress.checkpoint import Checkpoint, SafetensorsCheckpoint, check_tensors, read_json
 from compress.families import Family, check_config, family_of
 from compress.gguf_reader import GgufCheckpoint
-from compress.source import Source, download, hub_config_folder, hub_weight_bytes, locate
+from compress.source import GGUF_FILE, Source, download, hub_config_folder, hub_weight_bytes, locate
 
 _CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
 
@@ -289,6 +289,8 @@ def open_model(source: str, trust_remote_code: bool = False) -> ModelView:
         nbytes = hub_weight_bytes(source)
         _hub_facts(source, nbytes)
         path = download(source, online=nbytes is not None)
+        if not list(path.glob("*.safetensors")) and (path / GGUF_FILE).is_file():
+            path = path / GGUF_FILE
     else:
         path = found.path
     facts, checkpoint = _open_local(found, path)

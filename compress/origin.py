@@ -12,7 +12,7 @@ from yaml import YAMLError
 from compress.gguf_header import read_strings
 from compress.gguf_reader import GgufCheckpoint
 from compress.model import ModelView
-from compress.source import locate
+from compress.source import locate, repository
 
 _HUB_URL = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/(?:tree|blob)/.*)?/?"
@@ -61,7 +61,7 @@ def origin_of(view: ModelView) -> Origin:
     """Read a model's origin; what isn't stated stays unknown and is never guessed from names."""
     if isinstance(view.checkpoint, GgufCheckpoint):
         return _of_gguf(view.checkpoint.header.metadata, view.path)
-    hub_id = view.source if locate(view.source).kind == "hub" else _in_cache(view.path)
+    hub_id = repository(view.source) if locate(view.source).kind == "hub" else _in_cache(view.path)
     card = _card(view.path / "README.md")
     return _licensed(hub_id, (), card, card.get("language"))
 

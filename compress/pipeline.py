@@ -34,11 +34,12 @@ from compress.origin import origin_of
 from compress.planning import Plan, active_stages, plan
 from compress.recipe import Recipe
 from compress.scoring import prepare_scoring, score_run
-from compress.work import WorkFolder, differences, refuse_other_run, sweep, write_text
+from compress.work import WorkFolder, changed, refuse_other_run, sweep
 
 __all__ = ["RunResult", "plan", "run"]
 
 SCHEMA = "compress.report/1"
+SO_FAR = "seconds_so_far"  # in the report of an artifact that is published and not yet scored
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "lm-eval")
 
 
@@ -103,15 +104,11 @@ def run(
         sweep(planned.out)
     scoring = prepare_scoring(view, planned.recipe, report)
     if report is None:
-        report = _compress(planned, view, options.resume, emit)
-    if scoring is not None:
-        report["eval"] = score_run(view, planned, scoring, emit)
+        report = _compress(planned, view, options.resume, started, emit)
+        started = time.perf_counter()  # what was before is in the report
     if scoring is not None or report["seconds"] is None:  # None: the first run, or one killed after publication
-        report["seconds"] = round((report["seconds"] or 0.0) + time.perf_counter() - started, 1)
-        _write_report(planned.out, report)
-        from compress.report_page import rebuild_page  # matplotlib takes a second, which a plan shouldn't wait
-
-        rebuild_page(planned.out)
+        scores = {} if scoring is None else {"eval": score_run(view, planned, scoring, emit)}
+        report = _finish(planned.out, report, scores, started, emit)
     lines = summary(planned.out, report)
     if planned.target is None:
         return RunResult(planned.out, report, lines)
@@ -142,12 +139,39 @@ def _push(out: Path, destination: Destination, emit: Callable[[Event], None]) ->
     return pushed.url, f"push     {pushed.url}: compress generate {destination.repo} --prompt 'Hello'"
 
 
-def _compress(planned: Plan, view: ModelView, resume: bool, emit: Callable[[Event], None]) -> dict[str, Any]:
+def _finish(
+    out: Path, former: dict[str, Any], scores: dict[str, Any], started: float, emit: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Add scores and the time to a published artifact's report.
+
+    Args:
+        out: the artifact.
+        former: its report until now.
+        scores: the section ``eval``, or nothing.
+        started: when this process began with what the report's time doesn't hold.
+        emit: told if the card was edited by hand.
+
+    Returns:
+        The report.
+    """
+    from compress.report_page import write_report  # matplotlib takes a second, which a plan shouldn't wait
+
+    kept = {key: value for key, value in former.items() if key != SO_FAR}
+    spent = former.get(SO_FAR) or former["seconds"] or 0.0
+    report = kept | scores | {"seconds": round(spent + time.perf_counter() - started, 1)}
+    if note := write_report(out, report, former):
+        emit(Message(note))
+    return report
+
+
+def _compress(
+    planned: Plan, view: ModelView, resume: bool, started: float, emit: Callable[[Event], None]
+) -> dict[str, Any]:
     """Everything up to publication; returns the report."""
     kept = refuse_other_run(planned.out, _fingerprint(planned, view)) if resume else None
     calibration = _calibration(view, planned.recipe, _source_of(kept), emit)
     report = _begin_report(planned, view, calibration)
-    with WorkFolder(planned.out, report["fingerprint"], resume) as folder:
+    with WorkFolder(planned.out, report["fingerprint"], resume, started) as folder:
         try:
             _make(Job(view, planned.recipe, calibration, folder, planned.device, emit, report))
         except OSError as error:
@@ -170,8 +194,7 @@ def _check_finished(finished: dict[str, Any], planned: Plan, view: ModelView) ->
     section = planned.recipe.calibration
     if section is not None and is_local(section.source) and section.source not in (AUTO, SELF):
         fingerprint["calibration"] = _text_fingerprint(_calibration(view, planned.recipe, None, _ignore))
-    old = {key: value for key, value in finished.get("fingerprint", {}).items() if key in fingerprint}
-    if changes := differences(old, fingerprint):
+    if changes := changed(finished.get("fingerprint", {}), fingerprint):
         fix = "choose another folder"
         raise InputError("--out", planned.out, f"holds another artifact: {'; '.join(changes)}", fix=fix)
 
@@ -205,8 +228,10 @@ def _make(job: Job) -> None:
             f"{max(found['relative_difference'] for found in check['formats'].values()):.1e} of the largest"
         )
     )
-    job.report["seconds"] = None
-    _write_report(job.folder.artifact, job.report, job.folder.out.name)
+    job.report.update({"seconds": None, SO_FAR: round(job.folder.seconds(), 1)})
+    from compress.report_page import write_report  # as in _finish
+
+    write_report(job.folder.artifact, job.report, name=job.folder.out.name)
     job.folder.publish()
     job.emit(StageDone("artifact", time.perf_counter() - started))
 
@@ -291,13 +316,6 @@ def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("compress", "torch", "transformers")},
         "device": planned.device.type,
     }
-
-
-def _write_report(folder: Path, report: dict[str, Any], name: str | None = None) -> None:
-    write_text(folder / "report.json", json.dumps(report, indent=1, default=str) + "\n")
-    from compress.artifact.card import model_card  # brings in matplotlib, as the page does
-
-    write_text(folder / "README.md", model_card(report, name or folder.name))
 
 
 def summary(out: Path, report: dict[str, Any]) -> list[str]:

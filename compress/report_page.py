@@ -1,6 +1,7 @@
-"""``report.html`` beside ``report.json``: written by a run, and again from what is stored."""
+"""What is told of an artifact in its folder: ``report.json``, ``report.html`` and the model card, written together."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,45 @@ from compress.work import write_text
 PAGE = "report.html"
 
 
-def write_page(folder: Path, report: dict[str, Any], name: str | None = None) -> Path:
+def write_report(
+    folder: Path, report: dict[str, Any], former: dict[str, Any] | None = None, name: str | None = None
+) -> str | None:
+    """Write an artifact's report, card and page; a card that somebody has edited is theirs and stays.
+
+    Args:
+        folder: of the artifact.
+        report: what ``report.json`` is to hold.
+        former: what it held, of which the card was made; None where there is no card yet.
+        name: of the artifact; by default the folder's.
+
+    Returns:
+        A line for the user where an edited card was kept, otherwise None.
+    """
+    name = name or folder.resolve().name
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if former is not None and path.is_file() else None
+    title = name if card is None else titled(card) or name
+    edited = card is not None and former is not None and card != model_card(former, title)
+    write_text(folder / "report.json", json.dumps(report, indent=1, default=str) + "\n")
+    if not edited:
+        write_text(path, model_card(report, title))
+    write_page(folder, report, name)
+    return f"{path} was edited by hand and is left as it is" if edited else None
+
+
+def write_page(folder: Path, report: Mapping[str, Any], name: str) -> Path:
     """Write the page of an artifact.
 
     Args:
         folder: where to, as ``report.html``.
         report: the content of ``report.json``.
-        name: of the artifact; by default the folder's.
+        name: of the artifact.
 
     Returns:
         The file.
     """
     page = folder / PAGE
-    write_text(page, render(report, name or folder.resolve().name))
+    write_text(page, render(report, name))
     return page
 
 
@@ -35,7 +62,7 @@ def rebuild_page(folder: Path) -> Path:
     Raises:
         InputError: the folder holds no report.
     """
-    return write_page(folder, stored_report(folder, "DIR"))
+    return write_page(folder, stored_report(folder, "DIR"), folder.resolve().name)
 
 
 def update_report(folder: Path, **sections: Any) -> Path:
@@ -51,16 +78,8 @@ def update_report(folder: Path, **sections: Any) -> Path:
     Raises:
         InputError: the folder holds no report.
     """
-    before = stored_report(folder, "ARTIFACT")
-    report = before | sections
-    path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    title = titled(card) or folder.resolve().name
-    untouched = not card or card == model_card(before, title)
-    write_text(folder / "report.json", json.dumps(report, indent=1, default=str) + "\n")
-    if untouched:  # a card that somebody has edited is theirs
-        write_text(path, model_card(report, title))
-    write_page(folder, report)
+    former = stored_report(folder, "ARTIFACT")
+    write_report(folder, former | sections, former)
     return folder / "report.json"
 
 

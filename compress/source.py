@@ -1,4 +1,7 @@
-"""What the user calls a model: a Hub id, a local folder, or a ``.gguf`` file."""
+"""What the user calls a model: a Hub id, a local folder, or a ``.gguf`` file.
+
+A Hub id may name a folder in the repository, ``ORG/NAME/FOLDER``: an artifact's second format lies in one.
+"""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +21,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 
 from compress.calibrate.errors import InputError, did_you_mean
 
-_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+GGUF_FILE = "model.gguf"
+"""The weights of an artifact in GGUF; of other GGUF files on the Hub a repository holds many, and none is fetched."""
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96}){0,2}")
 _WANTED = [
     "*.safetensors",
     "*.json",
@@ -32,7 +38,7 @@ _WANTED = [
     "NOTICE*",
     "USE_POLICY*",
 ]
-_UNWANTED = ["*/*", "consolidated*", "adapter_*"]
+_UNWANTED = ["consolidated*", "adapter_*"]
 _OFFLINE_FIX = "check the connection, or give a local folder or a .gguf file"
 _HUB_ERRORS = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled)
 _TIMEOUT = 10.0
@@ -63,7 +69,7 @@ def locate(text: str) -> Source:
             )
         return Source(text, "gguf", path)
     is_path = text.startswith((".", "/", "~")) or text.endswith((".gguf", "/")) or not _HUB_ID.fullmatch(text)
-    if is_path or (len(path.parts) > 1 and path.parent.is_dir()):
+    if is_path or any(place.is_dir() for place in path.parents if place != Path()):
         raise InputError("--model", text, "there is no such file or folder", fix=_nearest(path))
     return Source(text, "hub", None)
 
@@ -75,54 +81,86 @@ def _nearest(path: Path) -> str:
     return near or "give a Hub id, a local folder or a .gguf file"
 
 
-def hub_weight_bytes(repo: str) -> int | None:
-    """The size of the safetensors of a model on the Hub; None when the Hub can't be reached.
+def repository(hub_id: str) -> str:
+    """The repository of a Hub id, without the folder in it."""
+    return "/".join(hub_id.split("/")[:2])
+
+
+def hub_weight_bytes(hub_id: str) -> int | None:
+    """The size of a model's weights on the Hub, safetensors or an artifact's GGUF; None if the Hub can't be reached.
 
     Asked first of all, because this request fails at once without a network; a download is tried for 24 s.
 
     Raises:
-        InputError: the repository is unknown, or holds no safetensors.
+        InputError: the repository is unknown, or holds neither.
     """
     try:
-        siblings = HfApi().model_info(repo, files_metadata=True, timeout=_TIMEOUT).siblings or []
+        siblings = HfApi().model_info(repository(hub_id), files_metadata=True, timeout=_TIMEOUT).siblings or []
     except HfHubHTTPError as error:
-        raise _hub_error(repo, error) from error
+        raise _hub_error(hub_id, error) from error
     except (HTTPError, OfflineModeIsEnabled):
         return None
-    weights = [file for file in siblings if file.rfilename.endswith(".safetensors") and "/" not in file.rfilename]
+    prefix = _prefix(hub_id)
+    sizes = {file.rfilename: file.size or 0 for file in siblings}
+    own = {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+    weights = [size for name, size in own.items() if name.endswith(".safetensors") and "/" not in name]
+    if not weights and {GGUF_FILE, "config.json"} <= set(own):
+        weights = [own[GGUF_FILE]]
     if not weights:
         fix = "download a .gguf file of it and give its path, or choose a repository with safetensors"
-        raise InputError("--model", repo, "this repository holds no safetensors, and pickles are never read", fix=fix)
-    return sum(file.size or 0 for file in weights)
+        place = f"the folder {prefix[:-1]} of this repository" if prefix else "this repository"
+        raise InputError("--model", hub_id, f"{place} holds no safetensors, and pickles are never read", fix=fix)
+    return sum(weights)
 
 
-def hub_config_folder(repo: str, online: bool) -> Path:
+def hub_config_folder(hub_id: str, online: bool) -> Path:
     """The cached folder that holds the ``config.json`` of a model on the Hub; only this file is fetched.
 
     Raises:
         InputError: gated, unreachable or without a config, with the way on.
     """
     try:
-        return Path(hf_hub_download(repo, "config.json", local_files_only=not online)).parent
+        name = f"{_prefix(hub_id)}config.json"
+        return Path(hf_hub_download(repository(hub_id), name, local_files_only=not online)).parent
     except _HUB_ERRORS as error:
-        raise _hub_error(repo, error) from error
+        raise _hub_error(hub_id, error) from error
 
 
-def download(repo: str, online: bool) -> Path:
-    """Fetch a model from the Hub, or find it in the cache: safetensors, config, tokenizer, README and licence.
+def download(hub_id: str, online: bool) -> Path:
+    """Fetch a model from the Hub, or find it in the cache: weights, config, tokenizer, README and licence.
+
+    Weights are safetensors, or, where there are none, the file of an artifact in GGUF. Folders stay where they are but
+    for the one that the id names; with that one comes the report of the artifact around it.
+
+    Returns:
+        The folder.
 
     Raises:
         InputError: gated or unreachable, with the way on.
     """
+    repo, prefix = repository(hub_id), _prefix(hub_id)
+    wanted = [prefix + pattern for pattern in _WANTED] + (["report.json"] if prefix else [])
+    unwanted = [prefix + pattern for pattern in ("*/*", *_UNWANTED)]
     try:
-        return Path(
-            snapshot_download(repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=not online)
+        found = Path(
+            snapshot_download(repo, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=not online)
         )
+        folder = found / prefix
+        if online and not list(folder.glob("*.safetensors")):
+            hf_hub_download(repo, prefix + GGUF_FILE, revision=found.name)
     except _HUB_ERRORS as error:
-        raise _hub_error(repo, error) from error
+        raise _hub_error(hub_id, error) from error
+    return folder
 
 
-def _hub_error(repo: str, error: Exception) -> InputError:
+def _prefix(hub_id: str) -> str:
+    """The folder in the repository with a slash behind it; empty for the repository itself."""
+    folder = "/".join(hub_id.split("/")[2:])
+    return f"{folder}/" if folder else ""
+
+
+def _hub_error(hub_id: str, error: Exception) -> InputError:
+    repo = repository(hub_id)
     details: dict[str, Any]
     if isinstance(error, GatedRepoError):
         details = {
@@ -132,7 +170,7 @@ def _hub_error(repo: str, error: Exception) -> InputError:
     elif isinstance(error, RepositoryNotFoundError):
         details = {
             "problem": "neither a local path nor a model on the Hub, or it is private",
-            "fix": _nearest(Path(repo)) + "; for a private model run `hf auth login`",
+            "fix": _nearest(Path(hub_id)) + "; for a private model run `hf auth login`",
         }
     elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         details = {
@@ -143,4 +181,4 @@ def _hub_error(repo: str, error: Exception) -> InputError:
         details = {"problem": "this repository holds no config.json", "fix": "choose one in transformers' format"}
     else:
         details = {"problem": f"the Hub refused: {error}".splitlines()[0], "fix": _OFFLINE_FIX}
-    return InputError("--model", repo, **details)
+    return InputError("--model", hub_id, **details)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,10 @@ def refuse_other_run(out: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any
         return None
     try:
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        old = {key: value for key, value in kept["fingerprint"].items() if key in fingerprint}
+        changes = changed(kept["fingerprint"], fingerprint)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError("--resume", file, "can't be read", fix="start over with --fresh") from error
-    if changes := differences(old, json.loads(json.dumps(fingerprint))):
+    if changes:
         raise InputError(
             "--resume",
             partial_folder(out),
@@ -65,17 +66,20 @@ class WorkFolder:
         out: where the artifact will stand.
         fingerprint: what the result depends on, as nested mappings of JSON types.
         resume: go on with what is there; False throws it away.
+        began: when this process began with the run, by ``time.perf_counter``; by default now.
 
     Raises:
         InputError: on entering, when another run is in the folder, or the work there belongs to another fingerprint.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], resume: bool, began: float | None = None) -> None:
         self.out = out
         self.path = partial_folder(out)
         self.artifact = self.path / "artifact"
         self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "stages": {}}
         self._resume = resume
+        self._began = time.perf_counter() if began is None else began
+        self._earlier = 0.0
         self._lock = FileLock(str(self.path / LOCK))
 
     def __enter__(self) -> "WorkFolder":
@@ -114,6 +118,11 @@ class WorkFolder:
             self.save()
         else:
             self.state = kept
+            self._earlier = float(kept.get("seconds", 0.0))
+
+    def seconds(self) -> float:
+        """Time that was spent on the run: by earlier processes until they last saved, and by this one."""
+        return self._earlier + time.perf_counter() - self._began
 
     def stage(self, name: str) -> dict[str, Any]:
         """The state of one stage, to be changed in place and then saved."""
@@ -122,6 +131,7 @@ class WorkFolder:
 
     def save(self) -> None:
         """Write the state, atomically."""
+        self.state["seconds"] = round(self.seconds(), 3)
         write_text(self.path / STATE, json.dumps(self.state, indent=1))
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
@@ -165,6 +175,17 @@ def _settle(part: Path, target: Path) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(target)
+
+
+def changed(kept: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
+    """What differs between a kept fingerprint and a run's, as :func:`differences`; keys that the run lacks don't count.
+
+    Args:
+        kept: read from JSON.
+        fingerprint: of the run.
+    """
+    old = {key: value for key, value in kept.items() if key in fingerprint}
+    return differences(old, json.loads(json.dumps(fingerprint)))
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from compress.evalsuite.divergence import Divergence
-from compress.evalsuite.greedy import GreedyChange
 from compress.evalsuite.longcontext import Cell, grid
 from compress.evalsuite.perplexity import Perplexity
 from compress.evalsuite.settings import EvalSettings
@@ -77,41 +76,6 @@ class Scores:
             metric["items"] = metric["items"] and [_short(item) for item in metric["items"]]
         return data | {"long_context": finite(grid(self.long_context))}
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Scores":
-        """The inverse of ``to_json``; a null figure becomes NaN. Keys that an older version didn't write may lack."""
-        nll, kl = data["perplexity"], data.get("divergence")
-        return cls(
-            **data
-            | {
-                "metrics": tuple(_metric(metric) for metric in data["metrics"]),
-                "settings": _settings(data["settings"]),
-                "perplexity": nll
-                and Perplexity(
-                    **nll
-                    | {
-                        "value": _number(nll["value"]),
-                        "nll": _numbers(nll["nll"]),
-                        "weights": _tuple(nll.get("weights")),
-                    }
-                ),
-                "divergence": kl
-                and Divergence(
-                    **kl
-                    | {
-                        "mean_kl": _number(kl["mean_kl"]),
-                        "kl": _numbers(kl["kl"]),
-                        "greedy": GreedyChange(**kl["greedy"]),
-                        "weights": _tuple(kl["weights"]),
-                    }
-                ),
-                "long_context": tuple(
-                    Cell(**cell | {"score": _number(cell["score"]), "answers": ()})
-                    for cell in data.get("long_context", ())
-                ),
-            }
-        )
-
 
 def finite(value: Any) -> Any:
     """Nested lists and mappings with null in the place of every float that isn't finite; tuples become lists."""
@@ -122,28 +86,5 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _metric(data: dict[str, Any]) -> Metric:
-    items, weights = data.get("items"), _tuple(data.get("weights"))
-    found = {"value": _number(data["value"]), "items": None if items is None else _numbers(items), "weights": weights}
-    return Metric(**data | found)
-
-
-def _settings(data: dict[str, Any]) -> EvalSettings:
-    lists: dict[str, Any] = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-    return EvalSettings(**data | lists)
-
-
 def _short(item: float | None) -> float | None:
     return int(item) if item in (0.0, 1.0) and item is not None else item
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _numbers(values: list[float | None]) -> tuple[float, ...]:
-    return tuple(_number(value) for value in values)
-
-
-def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
-    return None if values is None else tuple(values)

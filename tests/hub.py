@@ -1,4 +1,4 @@
-"""A stand-in for the Hub's API, as far as huggingface_hub needs it to push, in memory and on this machine."""
+"""A stand-in for the Hub's API, as far as huggingface_hub needs it to push and to fetch, in memory."""
 
 import base64
 import hashlib
@@ -124,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif rest.startswith("resolve/"):
             self.resolve(repo, rest.split("/", 2)[2])
+        elif rest.startswith("tree/"):
+            self.answer(200, tree(repo))
         elif rest.startswith("preupload/"):
             names = [file["path"] for file in json.loads(body)["files"]]
             files = [{"path": name, "uploadMode": mode(name), "shouldIgnore": False, "oid": None} for name in names]
@@ -163,11 +165,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{repo.head}", "commitOid": repo.head})
 
     def resolve(self, repo: Repo, name: str) -> None:
-        content = repo.files[name]
+        content = repo.files.get(name)
+        if content is None:
+            self.answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return
         etag = hashlib.sha256(content).hexdigest() if mode(name) == "lfs" else git_hash(content)
         self.send(200, content, {"X-Repo-Commit": repo.head, "ETag": f'"{etag}"'})
 
-    def answer(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         self.send(status, json.dumps(body).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
     def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
@@ -196,6 +201,17 @@ def siblings(repo: Repo) -> list[dict[str, Any]]:
         entry = {"rfilename": name, "size": len(content), "blobId": git_hash(content)}
         if mode(name) == "lfs":
             entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        found.append(entry)
+    return found
+
+
+def tree(repo: Repo) -> list[dict[str, Any]]:
+    """The same as ``list_repo_tree`` lists them."""
+    found = []
+    for file in siblings(repo):
+        entry = {"type": "file", "path": file["rfilename"], "size": file["size"], "oid": file["blobId"]}
+        if lfs := file.get("lfs"):
+            entry["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
         found.append(entry)
     return found
 

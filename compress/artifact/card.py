@@ -18,7 +18,10 @@ from jinja2 import Environment, StrictUndefined, Template
 from compress.artifact.privacy import shareable
 from compress.calibrate.text import PYDOC, is_local
 from compress.evalsuite.catalogue import PERPLEXITY
+from compress.evalsuite.report.costs import notes
+from compress.evalsuite.report.glossary import efficiency
 from compress.evalsuite.report.needles import fields, mean_by_length
+from compress.evalsuite.report.tuning import tuning_clause
 from compress.evalsuite.report.wording import is_number, listed, nbytes, number, percent, quantity, times
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#])")
@@ -54,6 +57,7 @@ def model_card(report: dict[str, Any], title: str, place: str | None = None, aut
         divergence=_divergence(evaluation.get("divergence")),
         needles=_needles(evaluation.get("long_context")),
         speed=_speed(report.get("efficiency")),
+        speed_notes=notes(report),
         calibration=calibration["origin"] if calibration else "none",
         made=_made(report),
         limits=_limits(report),
@@ -183,7 +187,7 @@ def _speed(found: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
             "" if row["ratio_low"] == row["ratio_high"] else f" ({times(row['ratio_low'])}-{times(row['ratio_high'])})"
         )
         figures = (quantity(row["baseline"], row["unit"]), quantity(row["model"], row["unit"]))
-        rows.append((row["metric"].replace("_", " "), *figures, times(row["ratio"]) + spread))
+        rows.append((efficiency(row["metric"])[0], *figures, times(row["ratio"]) + spread))
     return rows
 
 
@@ -192,6 +196,8 @@ def _made(report: dict[str, Any]) -> list[str]:
     weights = report.get("weights", {})
     rotation = weights.get("rotation", {"residual": "none", "heads": "none"})
     made = [f"rotations: residual stream {rotation['residual']}, value heads {rotation['heads']}"]
+    if tuned := tuning_clause(report):
+        made.append(tuned)
     if weights.get("untied"):
         made.append("the output head, which the original shares with the embedding, is stored apart")
     if weights.get("degraded"):

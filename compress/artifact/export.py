@@ -1,7 +1,6 @@
 """From finished parts to a folder of every format: the first is the artifact itself, each other one a folder in it."""
 
 import copy
-import hashlib
 import io
 import json
 import shutil
@@ -13,12 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress.artifact.compressed_tensors import quantization_config
-from compress.artifact.gguf import GGUF_FILE, write_gguf
+from compress.artifact.gguf import write_gguf
 from compress.artifact.gptq import open_gptq, write_gptq
 from compress.artifact.shards import join
+from compress.calibrate.disk import sha256
 from compress.job import Job, Result
 from compress.model import ModelView, open_model
 from compress.origin import legal_files
+from compress.source import GGUF_FILE
 
 
 def write_artifact(job: Job, result: Result) -> dict[str, Any]:
@@ -138,12 +139,6 @@ def _unwrap(model: PreTrainedModel) -> None:
             vars(module).pop(name, None)
         for name in [name for name in (*module._parameters, *module._buffers) if name.startswith("weight_")]:
             delattr(module, name)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 REQUIRED = ("model", "recipe", "fingerprint", "artifact")  # sections of every report of ours

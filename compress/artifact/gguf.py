@@ -29,7 +29,6 @@ from compress.kernels.packing import to_q4_0, to_q8_0, unpack
 from compress.model import ModelFacts, ModelView
 from compress.origin import origin_of
 
-GGUF_FILE = "model.gguf"
 GROUP_SIZE = 32
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 ROPE_TYPES = ("default", "linear", "llama3")

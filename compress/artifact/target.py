@@ -14,7 +14,7 @@ from compress.artifact.account import Destination, check_id, check_namespace, op
 from compress.artifact.privacy import Cleaner
 from compress.calibrate.hub import hub_problem
 from compress.recipe import Recipe
-from compress.work import differences
+from compress.work import changed
 
 _COMPARED = ("calibration", "weights", "export")  # sections of a recipe that decide what an artifact is
 _HARMLESS = (".*", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
@@ -70,8 +70,7 @@ class Target:
         if self.report is None:
             other = next(name for name in self.files if not _harmless(name))
             raise self.destination.error(f"the repository holds something else ({other})", fix)
-        old = {key: value for key, value in self.report["fingerprint"].items() if key in fingerprint}
-        if changes := differences(old, json.loads(json.dumps(fingerprint))):
+        if changes := changed(self.report["fingerprint"], fingerprint):
             raise self.destination.error(f"the repository holds another artifact: {'; '.join(changes)}", fix)
 
 

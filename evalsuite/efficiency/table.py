@@ -6,7 +6,7 @@ LABELS = {
     "weight_bytes_on_disk": "weights on disk",
     "weight_bytes_in_memory": "weights in memory",
     "peak_memory": "peak memory",
-    "peak_memory_generating": "peak memory after loading",
+    "peak_memory_generating": "peak memory while answering",
     "time_to_first_token": "time to first token",
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+from compress.calibrate.disk import replacing
 from compress.evalsuite.longcontext.prompts import Item, make_items, token_ids
 from compress.evalsuite.longcontext.settings import LongContextSettings
 from compress.evalsuite.longcontext.vocabulary import NOISE
@@ -84,17 +84,8 @@ def _load(path: Path) -> list[Item] | None:
 
 def _store(path: Path, items: list[Item]) -> None:
     rows = [asdict(item) for item in items]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_json({"digest": _digest(_json(rows)), "items": rows}))
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
+    with suppress(OSError), replacing(path) as part:
+        part.write_bytes(_json({"digest": _digest(_json(rows)), "items": rows}))
 
 
 def _json(value: object) -> bytes:

@@ -34,7 +34,7 @@ def speed(report: Mapping[str, Any]) -> Section | None:
         ),
         Table("Speed and memory, compressed against original", head, body, frozenset({1, 2, 3}), stacked=True),
         Note(_setting(found)),
-        *(Note(sentence(str(note))) for note in found.get("notes") or []),
+        *(Note(f"Good to know: {note}") for note in notes(report)),
     ]
     return Section(
         "speed",
@@ -44,6 +44,11 @@ def speed(report: Mapping[str, Any]) -> Section | None:
         " more is.",
         tuple(blocks),
     )
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader of the ratios should know, as sentences."""
+    return [sentence(str(note)) for note in dig(report, "efficiency", "notes") or []]
 
 
 def outcome(row: Mapping[str, Any]) -> tuple[Tone, str]:
@@ -162,7 +167,7 @@ def ratio_text(value: float) -> str:
 
 
 def _row(row: Mapping[str, Any]) -> tuple[str | Cell, ...]:
-    title, about = glossary.EFFICIENCY.get(row["metric"], (str(row["metric"]).replace("_", " "), ""))
+    title, about = glossary.efficiency(str(row["metric"]))
     unit = str(row.get("unit") or "")
     tone, words = outcome(row)
     low, high = row.get("ratio_low"), row.get("ratio_high")
@@ -182,7 +187,7 @@ def _ratios(width: int, rows: Sequence[Mapping[str, Any]]) -> Drawing:
     for row in rows:
         if row["ratio"] <= 0:
             continue
-        title = glossary.EFFICIENCY.get(row["metric"], (str(row["metric"]).replace("_", " "), ""))[0]
+        title = glossary.efficiency(str(row["metric"]))[0]
         tone, words = outcome(row)
         colour = {"good": "good", "bad": "bad"}.get(tone, "neutral")
         found.append((title, [ratio_interval(row, 0, colour, f"{title}: {times(row['ratio'])}. {words}")]))

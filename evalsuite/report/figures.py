@@ -1,6 +1,5 @@
 """All figures of a report as one flat list, each with the conditions under which it may be compared with another's."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -8,6 +7,15 @@ from typing import Any
 
 from compress.evalsuite.report import glossary
 from compress.evalsuite.report.blocks import Tone
+from compress.evalsuite.report.conditions import (
+    base_model,
+    error_conditions,
+    model_name,
+    needle_facts,
+    score_conditions,
+    text_facts,
+    texts,
+)
 from compress.evalsuite.report.costs import outcome
 from compress.evalsuite.report.findings import Finding, findings
 from compress.evalsuite.report.layers import modules, percent_short
@@ -69,7 +77,7 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
 def _sizes(report: Mapping[str, Any]) -> Iterator[Figure]:
     artifact = report.get("artifact") or {}
     weight, whole, bits = artifact.get("weight_bytes"), artifact.get("bytes_16bit"), artifact.get("bits_per_weight")
-    model = {"original": _name(report)}
+    model = {"original": model_name(report)}
     if is_number(weight):
         ratio = whole / weight if is_number(whole) and weight else 0.0
         yield Figure(
@@ -116,7 +124,7 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Figure]:
             change=one.change() + tested if one.before != one.after else "unchanged",
             tone=one.tone,
             higher_is_better=one.higher_is_better,
-            conditions=_score_conditions(report, one),
+            conditions=score_conditions(report, one),
         )
 
 
@@ -125,25 +133,11 @@ def score_key(one: Finding) -> str:
     return f"{one.task}/{one.metric}"
 
 
-def _score_conditions(report: Mapping[str, Any], one: Finding) -> dict[str, str]:
-    evaluation = report.get("eval") or {}
-    settings = evaluation.get("settings") or {}
-    facts: dict[str, Any] = {"original": _model(report)["original"], "items": one.n}
-    if one.task == "perplexity":
-        facts["text"] = evaluation.get("text")
-        facts["tokens of the text"] = str(dig(evaluation, "after", "text_tokens") or "")[:12]
-    else:
-        facts["examples in the prompt"] = settings.get("num_fewshot")
-        facts["limit"] = settings.get("limit") if one.n is None else None
-        facts["version of the task"] = dig(evaluation, "after", "harness", "versions", one.task)
-    return _texts(facts)
-
-
 def _agreement(report: Mapping[str, Any]) -> Iterator[Figure]:
     found = dig(report, "eval", "divergence") or {}
     greedy = found.get("greedy") or {}
-    base = _texts({"original": _model(report)["original"], "text": found.get("text"), "tokens": found.get("tokens")})
-    asked = base | _texts({"prompts": greedy.get("prompts"), "tokens written": greedy.get("tokens")})
+    base = texts({**base_model(report), **text_facts(report), "text": found.get("text"), "tokens": found.get("tokens")})
+    asked = base | texts({"prompts": greedy.get("prompts"), "tokens written": greedy.get("tokens")})
     entries = (
         ("top1_agreement", "Same next token", found.get("top1_agreement"), True, base),
         ("mean_kl", "KL divergence, nats per token", found.get("mean_kl"), False, base),
@@ -166,8 +160,7 @@ def _agreement(report: Mapping[str, Any]) -> Iterator[Figure]:
 def _long_context(report: Mapping[str, Any]) -> Iterator[Figure]:
     found = dig(report, "eval", "long_context") or {}
     before, after = fields(found.get("before")), fields(found.get("after"))
-    keys = ("depths", "samples", "seed", "haystack")
-    conditions = _texts({"original": _model(report)["original"]} | {key: found.get(key) for key in keys})
+    conditions = texts(base_model(report) | needle_facts(report))
     for task in dict.fromkeys(task for task, _, _ in after):
         original = mean_by_length(before, task)
         for length, score in mean_by_length(after, task).items():
@@ -191,11 +184,11 @@ def _long_context(report: Mapping[str, Any]) -> Iterator[Figure]:
 def _speed(report: Mapping[str, Any]) -> Iterator[Figure]:
     found = report.get("efficiency") or {}
     keys = ("device", "threads", "dtype", "prompt_tokens", "new_tokens")
-    timed = _texts({"original": _model(report)["original"]} | {key.replace("_", " "): found.get(key) for key in keys})
+    timed = texts(base_model(report) | {key.replace("_", " "): found.get(key) for key in keys})
     for row in found.get("rows") or []:
         if not is_number(row.get("ratio")):
             continue
-        label, about = glossary.EFFICIENCY.get(row["metric"], (str(row["metric"]).replace("_", " "), ""))
+        label, about = glossary.efficiency(str(row["metric"]))
         tone, _ = outcome(row)
         unit, up = str(row.get("unit") or ""), row.get("higher_is_better")
         arrow = {True: " ↑", False: " ↓", None: ""}[up]
@@ -212,7 +205,7 @@ def _speed(report: Mapping[str, Any]) -> Iterator[Figure]:
             change=f"{quantity(row.get('baseline'), unit)} → {quantity(row.get('model'), unit)}",
             tone=tone,
             higher_is_better=up,
-            conditions=_model(report) if str(row["metric"]).startswith("weight_bytes") else timed,
+            conditions=base_model(report) if str(row["metric"]).startswith("weight_bytes") else timed,
         )
 
 
@@ -233,7 +226,7 @@ def _cache(report: Mapping[str, Any]) -> Iterator[Figure]:
             change=times(ratio) if is_number(ratio) and abs(ratio - 1) > 0.005 else "unchanged",
             tone="good" if is_number(ratio) and ratio < 0.995 else "bad" if is_number(ratio) and ratio > 1.005 else "",
             higher_is_better=False,
-            conditions=_texts({"original": _model(report)["original"], "dtype": dig(report, "efficiency", "dtype")}),
+            conditions=texts(base_model(report) | {"dtype": dig(report, "efficiency", "dtype")}),
         )
 
 
@@ -257,29 +250,5 @@ def _errors(report: Mapping[str, Any]) -> Iterator[Figure]:
             about=about,
             change=where,
             higher_is_better=False,
-            conditions=_error_conditions(report),
+            conditions=error_conditions(report),
         )
-
-
-def _error_conditions(report: Mapping[str, Any]) -> dict[str, str]:
-    """Errors depend on the text that they were measured on."""
-    digest = str(dig(report, "calibration", "digest") or "")[:12]
-    return _texts({"original": _model(report)["original"], "calibration text": digest})
-
-
-def _model(report: Mapping[str, Any]) -> dict[str, str]:
-    """The original: its name without the owner, and a hash over the contents of its files."""
-    name = _name(report)
-    hashes = dig(report, "fingerprint", "model")
-    if not hashes:
-        return {"original": name}
-    whole = hashlib.sha256("".join(sorted(map(str, hashes.values()))).encode()).hexdigest()
-    return {"original": f"{name} ({whole[:8]})"}
-
-
-def _name(report: Mapping[str, Any]) -> str:
-    return str(dig(report, "model", "name") or "unknown").rpartition("/")[2]
-
-
-def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in facts.items() if value not in (None, "")}

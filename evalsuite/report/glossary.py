@@ -61,8 +61,11 @@ METRICS = {
 EFFICIENCY = {
     "weight_bytes_on_disk": ("Weights on disk", "size of the files"),
     "weight_bytes_in_memory": ("Weights in memory", "bytes allocated once loaded"),
-    "peak_memory": ("Peak memory", "the most the process held while it worked"),
-    "peak_memory_generating": ("Peak memory after loading", "the most it held while it answered"),
+    "peak_memory": ("Peak memory", "the most held at any moment, loading included"),
+    "peak_memory_generating": (
+        "Peak memory while answering",
+        "the most held at any moment after loading",
+    ),
     "time_to_first_token": ("Time to first token", "the wait before an answer begins"),
     "prefill_tokens_per_second": ("Reading speed", "prompt tokens per second"),
     "decode_tokens_per_second": ("Writing speed", "answer tokens per second"),
@@ -82,6 +85,11 @@ MODULES = {
 def task(name: str) -> Task:
     """What is known of a task; its own name if nothing is."""
     return TASKS.get(name, Task(name))
+
+
+def efficiency(name: str) -> tuple[str, str]:
+    """A figure of speed or memory in words, and what it means; its own name if nothing is known of it."""
+    return EFFICIENCY.get(name, (name.replace("_", " "), ""))
 
 
 def metric(name: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from compress.evalsuite.report import draw, glossary
 from compress.evalsuite.report.blocks import Block, Cell, Chart, Facts, Key, Note, Page, Section, Source, Table
 from compress.evalsuite.report.comparison import Comparison, Entry, Row
-from compress.evalsuite.report.costs import ratio_interval, ratio_text
+from compress.evalsuite.report.costs import notes, ratio_interval, ratio_text
 from compress.evalsuite.report.figures import score_key
 from compress.evalsuite.report.findings import findings
 from compress.evalsuite.report.layers import mean_errors, percent_short
@@ -227,6 +227,8 @@ def _speed(comparison: Comparison) -> Section | None:
             )
         )
     blocks.append(_table("Speed and memory as ratios to the original", comparison.names, rows))
+    for name, report in zip(comparison.names, comparison.reports, strict=True):
+        blocks += [Note(f"{name}: {note}") for note in notes(report)]
     lead = "Each model worked in turn with the original on one machine; the ratios say how it compares with it."
     return Section("speed", "Speed and memory", "Speed", lead, tuple(blocks))
 

@@ -39,7 +39,7 @@ def library() -> Library | None:
 
 
 def built(name: str) -> Library | None:
-    """One build by name, or None where it wasn't compiled. Calling one that the processor can't run kills the process."""
+    """One build by name, or None if it wasn't compiled; calling one that the processor can't run kills the process."""
     folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"_{name}{suffix}"

@@ -21,7 +21,6 @@ namespace {
 
 constexpr int64_t ALIGNMENT = 64;
 constexpr int64_t AHEAD = 4096;  // bytes of codes that are asked for before they are used
-constexpr int64_t MANY = 24;  // tokens from which dequantizing once for all of them is worth its scratch
 
 int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
@@ -139,11 +138,11 @@ void put_rows(const CompressLinear& layer, int64_t block, const float* sums, flo
 }
 
 template <int BITS, bool INT8>
-void packed_blocks(const CompressLinear& layer, const Activations& in, int64_t start, int64_t first, int64_t last,
-                   float* y, int64_t stride) {
+void packed_blocks(const CompressLinear& layer, const Activations& in, int64_t first, int64_t last, float* y,
+                   int64_t stride) {
     constexpr int64_t AT_ONCE = 32;  // tokens whose activations stay in the nearest caches; whole tiles
     float out[AT_ONCE * BLOCK];
-    for (int64_t token = start; token < in.count; token += AT_ONCE) {
+    for (int64_t token = 0; token < in.count; token += AT_ONCE) {
         const int64_t tokens = std::min(AT_ONCE, in.count - token);
         for (int64_t block = first; block < last; ++block) {
             block_times_tokens<BITS, INT8>(layer, block, in, token, tokens, out);
@@ -152,74 +151,25 @@ void packed_blocks(const CompressLinear& layer, const Activations& in, int64_t s
     }
 }
 
-constexpr int64_t WIDTH = 2 * BLOCK;  // rows of a panel
-constexpr int64_t DEPTH = 8;           // chunks of a panel, which then takes 32 KiB
-
-// Dequantized weights of the chunks [start, end) of one block, as [inputs][WIDTH].
+// The dequantized weights of one block, out [inputs][stride] with its 16 rows side by side.
 template <int BITS>
-void expand(const CompressLinear& layer, const Activations& in, int64_t block, int64_t start, int64_t end, float* out) {
+void expand(const CompressLinear& layer, int64_t block, float* out, int64_t stride) {
     const int64_t by_group = chunks_of_group(layer);
-    const uint8_t* codes = static_cast<const uint8_t*>(layer.codes) + (block * in.chunks + start) * chunk_bytes(BITS);
-    for (int64_t c = start; c < end; ++c, codes += chunk_bytes(BITS), out += CHUNK * WIDTH) {
+    const int64_t groups = layer.columns / layer.group_size;
+    const uint8_t* codes = static_cast<const uint8_t*>(layer.codes) + block * groups * by_group * chunk_bytes(BITS);
+    for (int64_t c = 0; c < groups * by_group; ++c, codes += chunk_bytes(BITS)) {
+        const int64_t inputs = std::min(CHUNK, layer.group_size - c % by_group * CHUNK);
         for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
-            const int64_t at = (block * in.groups + c / by_group) * BLOCK + lane;
+            const int64_t at = (block * groups + c / by_group) * BLOCK + lane;
             const Floats scale = load_kind(layer.scale, layer.kind, at);
             const Floats shift = layer.zero != nullptr ? sub(all(center(BITS)), load_bytes(layer.zero + at)) : zeros();
             Lanes raw[8];
             prepare_floats<BITS>(codes + 4 * lane, raw);
             each_weight<BITS>(raw, [&](Floats w, int k) __attribute__((always_inline)) {
-                store(out + k * WIDTH + lane, mul(add(w, shift), scale));
+                if (k < inputs) store(out + k * stride + lane, mul(add(w, shift), scale));
             });
         }
-    }
-}
-
-// sums [TILE][WIDTH] += x [inputs][TILE] times a panel [inputs][WIDTH], for two registers of its rows.
-void panel_times_tile(const float* panel, const float* x, int64_t inputs, float* sums) {
-    Floats low[TILE];
-    Floats high[TILE];
-    for (int m = 0; m < TILE; ++m) {
-        low[m] = load(sums + m * WIDTH);
-        high[m] = load(sums + m * WIDTH + LANES);
-    }
-    for (int64_t k = 0; k < inputs; ++k, panel += WIDTH, x += TILE) {
-        const Floats first = load(panel);
-        const Floats second = load(panel + LANES);
-        for (int m = 0; m < TILE; ++m) {
-            const Floats input = all(x[m]);
-            low[m] = fma(first, input, low[m]);
-            high[m] = fma(second, input, high[m]);
-        }
-    }
-    for (int m = 0; m < TILE; ++m) {
-        store(sums + m * WIDTH, low[m]);
-        store(sums + m * WIDTH + LANES, high[m]);
-    }
-}
-
-// Many tokens, `tokens` of them in whole tiles: a panel of two blocks at a time is dequantized into the nearest cache and
-// read by all tokens. sums [tokens][WIDTH] is scratch.
-template <int BITS>
-void expanded_blocks(const CompressLinear& layer, const Activations& in, int64_t tokens, int64_t first, int64_t last,
-                     float* y, int64_t stride, float* sums) {
-    alignas(ALIGNMENT) float panel[DEPTH * CHUNK * WIDTH] = {};  // zeros where an odd last block leaves half of it
-    for (int64_t block = first; block < last; block += 2) {
-        const int64_t blocks = std::min<int64_t>(2, last - block);
-        std::fill(sums, sums + tokens * WIDTH, 0.0f);
-        for (int64_t start = 0; start < in.chunks; start += DEPTH) {
-            const int64_t end = std::min(in.chunks, start + DEPTH);
-            for (int64_t i = 0; i < blocks; ++i) expand<BITS>(layer, in, block + i, start, end, panel + i * BLOCK);
-            for (int64_t token = 0; token < tokens; token += TILE) {
-                const float* x = in.x + (token * in.chunks + start * TILE) * CHUNK;
-                for (int64_t lane = 0; lane < blocks * BLOCK; lane += 2 * LANES) {
-                    panel_times_tile(panel + lane, x, (end - start) * CHUNK, sums + token * WIDTH + lane);
-                }
-            }
-        }
-        for (int64_t i = 0; i < tokens * blocks; ++i) {
-            const int64_t m = i / blocks;
-            put_rows(layer, block + i % blocks, sums + m * WIDTH + i % blocks * BLOCK, y + m * stride);
-        }
+        out += inputs * stride;
     }
 }
 
@@ -247,13 +197,8 @@ void plain_blocks(const CompressLinear& layer, const Activations& in, int64_t fi
 
 template <int BITS>
 void packed(const CompressLinear& layer, const Activations& in, int64_t first, int64_t last, float* y, int64_t stride) {
-    if (in.int8) return packed_blocks<BITS, true>(layer, in, 0, first, last, y, stride);
-    const int64_t tiled = in.count >= MANY ? in.count / TILE * TILE : 0;
-    const size_t bytes = static_cast<size_t>(tiled * WIDTH) * sizeof(float);
-    float* sums = tiled > 0 ? static_cast<float*>(std::aligned_alloc(ALIGNMENT, bytes)) : nullptr;
-    if (sums != nullptr) expanded_blocks<BITS>(layer, in, tiled, first, last, y, stride, sums);
-    packed_blocks<BITS, false>(layer, in, sums != nullptr ? tiled : 0, first, last, y, stride);
-    std::free(sums);
+    return in.int8 ? packed_blocks<BITS, true>(layer, in, first, last, y, stride)
+                   : packed_blocks<BITS, false>(layer, in, first, last, y, stride);
 }
 
 void blocks(const CompressLinear& layer, const Activations& in, int64_t first, int64_t last, float* y, int64_t stride) {
@@ -380,6 +325,18 @@ int64_t compress_quant_linear(const CompressLinear* layer, const float* x, float
     if (!input.prepare(*layer, x, count, activations)) return 1;
     compress::apply(*layer, input, y, layer->rows, threads);
     return 0;
+}
+
+void compress_expand(const CompressLinear* layer, int64_t first, int64_t last, float* out) {
+    const int64_t stride = (last - first) * compress::BLOCK;
+    for (int64_t block = first; block < last; ++block, out += compress::BLOCK) {
+        switch (layer->bits) {
+            case 2: compress::expand<2>(*layer, block, out, stride); break;
+            case 3: compress::expand<3>(*layer, block, out, stride); break;
+            case 4: compress::expand<4>(*layer, block, out, stride); break;
+            default: compress::expand<8>(*layer, block, out, stride);
+        }
+    }
 }
 
 }  // extern "C"

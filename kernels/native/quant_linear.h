@@ -39,6 +39,10 @@ struct CompressLinear {
 int64_t compress_quant_linear(const CompressLinear* layer, const float* x, float* y, int64_t count, int64_t activations,
                               int64_t threads);
 
+// The packed rows of the blocks [first, last), 16 rows each, dequantized: out [columns][(last - first) * 16]. What stands
+// behind the layer's last row is no weight.
+void compress_expand(const CompressLinear* layer, int64_t first, int64_t last, float* out);
+
 }  // extern "C"
 
 namespace compress {

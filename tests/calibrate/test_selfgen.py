@@ -1,5 +1,6 @@
 import itertools
 import random
+import time
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from compress.calibrate import selfgen
 from compress.calibrate.decoding import Filter, Writer, cache_for, write
 from compress.calibrate.openings import KINDS, REQUESTS, opening, request
 from compress.calibrate.selfgen import SelfText, fast_dtype, self_generated
+from compress.calibrate.workers import Workers
 
 SMALL = SelfText(chunk=24)
 
@@ -43,6 +45,27 @@ def test_progress_reaches_the_end(model, tokenizer):
     assert all(total == 96 for _, total in told)
     assert told[-1][0] >= 92
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_threads_count_together_and_progress_never_goes_back(model, tokenizer, monkeypatch):
+    told, inside = [], []
+
+    def write_quickly(model, writers, uniforms, choice, banned, step_done):
+        for _ in range(uniforms.shape[1]):
+            step_done(len(writers))
+        return torch.zeros(uniforms.shape, dtype=torch.int64)
+
+    def progress(done, total):
+        inside.append(done)
+        time.sleep(1e-4)  # room for another thread
+        assert inside == [done]
+        inside.clear()
+        told.append(done)
+
+    monkeypatch.setattr(selfgen, "write", write_quickly)
+    monkeypatch.setattr(selfgen, "Workers", lambda count: Workers(4))
+    self_generated(model, tokenizer, 8, 48, SelfText(chunk=24, batch=2), progress)
+    assert told == list(range(2, 8 * 48 + 1, 2))
 
 
 def test_requests_are_a_share_of_the_sequences(model, tokenizer, monkeypatch):

@@ -1,7 +1,10 @@
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub import TOKEN, Hub, serving
+from huggingface_hub import constants
 
 from compress import pipeline, planning, report_page
 
@@ -31,4 +34,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave out ``report.html``, which takes as long as all the rest of a tiny run."""
-    monkeypatch.setattr(report_page, "rebuild_page", lambda folder: None)
+    monkeypatch.setattr(report_page, "write_page", lambda folder, report, name: folder / report_page.PAGE)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The stand-in, as the Hub that huggingface_hub talks to, with somebody logged in."""
+    with serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

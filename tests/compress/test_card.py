@@ -155,19 +155,38 @@ def test_the_results_stand_in_the_body() -> None:
         {"metric": "decode_tokens_per_second", "unit": "tokens/s", "baseline": 10.0, "model": 12.0}
         | {"ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3},
     ]
-    text = model_card(report(eval=evaluation, efficiency={"device": "cpu", "baseline": "dense", "rows": rows}), "t")
+    efficiency = {"device": "cpu", "baseline": "dense", "rows": rows, "notes": ["the file is itself quantized"]}
+    text = model_card(report(eval=evaluation, efficiency=efficiency), "t")
     for words in (
         EVAL["table"],
         "on WikiText-2.",
         "mean KL divergence 0.123 ± 0.0100 nats a token",
         "90.0 %; 37.5 % of 8 greedy answers changed.",
         "| passkey | 2048 | 50 % | 50 % |",
-        "| weight bytes on disk | 20.0 MB | 5.00 MB | 0.25× |",
-        "| decode tokens per second | 10.0 tokens/s | 12.0 tokens/s | 1.20× (1.10×-1.30×) |",
+        "| Weights on disk | 20.0 MB | 5.00 MB | 0.25× |",
+        "| Writing speed | 10.0 tokens/s | 12.0 tokens/s | 1.20× (1.10×-1.30×) |",
+        "\n\nThe file is itself quantized.\n\n## Use",
         "Perplexity on the text above went up by 10.0 %.",
         "Where the original fails to find a fact",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "3 passes over the calibration text. On held-out text the KL divergence fell from 0.200 to 0.150 nats"),
+        ({"kept": False, "epochs": 1}, "1 pass over the calibration text. On held-out text the KL divergence didn't"),
+        ({"held_out": None}, "There was no second window of text to hold out, so the gain isn't known\n"),
+    ],
+)
+def test_the_body_says_in_a_line_what_was_tuned(changes: dict[str, Any], words: str) -> None:
+    held = {"windows": 1, "kl_before": 0.2, "kl_after": 0.15}
+    tuning = {"epochs": 3, "steps": 24, "kl_by_epoch": [0.2], "held_out": held, "kept": True} | changes
+    text = model_card(report(weights=REPORT["weights"] | {"tuning": tuning}), "t")
+    (line,) = [line for line in text.splitlines(keepends=True) if line.startswith("- scales and norms tuned")]
+    assert words in line
+    assert "tuned" not in model_card(report(weights=REPORT["weights"] | {"tuning": None}), "t")
 
 
 def test_the_body_says_how_to_load_and_how_it_was_made() -> None:

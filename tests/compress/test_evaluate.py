@@ -171,6 +171,17 @@ def test_divergence_alone(tiny: Tiny, text: Path) -> None:
     assert any("top1_agreement@32 | 1 |" in line for line in outcome.lines())
 
 
+def test_a_padded_embedding_is_the_same_model(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size + 24, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path)
+    found = evaluate(str(tmp_path), ["divergence"], options(text, baseline=str(tiny("llama")))).scores.divergence
+    assert found is not None
+    assert found.mean_kl == pytest.approx(0, abs=1e-6)
+    assert found.top1_agreement == 1
+
+
 @pytest.fixture
 def _own_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(store, "default_cache_dir", lambda: tmp_path / "prompts")
@@ -222,6 +233,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--tasks", "hellaswag", "--offline"], ["eval.tasks=hellaswag", "Rowan/hellaswag", "connect to"]),
         (["--tasks", "divergence"], ["--tasks=divergence", "--baseline MODEL"]),
         (["--baseline", "OTHER"], ["--baseline=", "has another tokenizer"]),
+        (["--baseline", "FEWER"], ["--baseline=", "its embedding has 40 rows, that of the model", "tokens"]),
         (["--baseline", "./nowhere"], ["--baseline=./nowhere"]),
         (["--text", "EMPTY"], ["eval.text=", "the file is empty"]),
         (["--text", "SHORT"], ["eval.window=32", "the text holds only"]),
@@ -244,6 +256,8 @@ def test_bad_input_is_told_at_once(
         other = build_tokenizer()
         other.add_tokens(["<extra>"])
         other.save_pretrained(places["OTHER"])
+    if "FEWER" in arguments:
+        places["FEWER"] = save_tiny("llama", tmp_path / "fewer", vocab_size=40)
     if "SHORTER" in arguments:
         places["SHORTER"] = save_tiny("llama", tmp_path / "shorter", max_position_embeddings=256)
     given = [str(places.get(argument, argument)) for argument in arguments]

@@ -11,8 +11,6 @@ import yaml
 from click.testing import CliRunner
 from compress.calibrate import importance
 from compress.cli.main import main
-from compress.evalsuite.compare import compare
-from compress.evalsuite.scores import Scores
 from models import CONFIGS
 from runs import Log, arguments, check, decoded, digest, distance, logits, options, quick, rebuilt, refused, stored
 from safetensors.torch import load_file, save_file
@@ -196,8 +194,8 @@ def test_scores_stand_in_report_summary_and_card(tiny: Tiny, tmp_path: Path, tex
     assert evaluation["divergence"]["mean_kl"] > 0
     assert evaluation["divergence"]["tokens"] == 4 * 31
     assert evaluation["long_context"] is None
-    after = Scores.from_json(json.loads((result.out / "report.json").read_text())["eval"]["after"])
-    assert compare(Scores.from_json(evaluation["before"]), after)[0].to_json() == row
+    assert json.loads((result.out / "report.json").read_text())["eval"] == json.loads(json.dumps(evaluation))
+    assert len(evaluation["after"]["metrics"][0]["items"]) == 4
     assert any("perplexity" in line for line in result.summary)
     card = (result.out / "README.md").read_text()
     assert "## Results" in card

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from compress.calibrate.errors import InputError
 from compress.cli.main import main
-from hub import TOKEN, Answer, Hub, Repo, serving
+from hub import TOKEN, Answer, Hub, Repo
 from huggingface_hub import ModelCard, constants
 from runs import arguments, digest, distance, logits, options, quick, refused
 from transformers import AutoModelForCausalLM
@@ -46,21 +46,6 @@ def made(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def artifact(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "out")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The stand-in, as the Hub that huggingface_hub talks to, with somebody logged in."""
-    with serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from compress.cli.main import main
-from runs import quick, refused
+from runs import Log, quick, refused
 
 from compress.comparison import compare_artifacts
+from compress.events import Message
 from compress.report_page import rebuild_page
 
 
@@ -35,6 +36,24 @@ def test_a_run_writes_its_page_and_the_command_writes_it_again(artifacts: tuple[
     assert result.stdout.strip() == str(page)
     assert page.read_text(encoding="utf-8") == first
     assert rebuild_page(artifacts[0]) == page
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_a_repeated_run_keeps_a_card_that_was_edited(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path, edited: bool
+) -> None:
+    out = quick(tiny("llama"), "rtn", tmp_path / "out", text).out
+    card, log = out / "README.md", Log()
+    written = card.read_text() + ("\nThanks to Ada.\n" if edited else "")
+    card.write_text(written)
+    scored = (f"eval.text={text}", "eval.window=32", "eval.windows=2")
+    result = quick(tiny("llama"), "rtn", out, text, *scored, log=log)
+    told = [event.text for event in log.of(Message) if "edited by hand" in event.text]
+    assert told == ([f"{card} was edited by hand and is left as it is"] if edited else [])
+    assert (card.read_text() == written) == edited
+    assert ("| perplexity |" in card.read_text()) != edited
+    assert result.report == json.loads((out / "report.json").read_text())
+    assert "Perplexity" in (out / "report.html").read_text()
 
 
 def test_compare_reads_what_is_stored(artifacts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from compress.runtime import load
 from compress.work import WorkFolder, differences
 
 Tiny = Callable[[str], Path]
+pytestmark = pytest.mark.usefixtures("_no_page")
 SETS = ("weights.lm_head_bits=8",)
 
 
@@ -132,6 +133,25 @@ def test_a_crash_after_publication(tiny: Tiny, tmp_path: Path, text: Path, score
     assert digest(tmp_path / "out") == before
     assert ("eval" in result.report) == scored
     assert any(line.startswith("time") for line in result.summary)
+
+
+def test_the_time_is_that_of_all_processes(begun: tuple[Path, Path, Path]) -> None:
+    model, text, out = begun
+    file = out.with_name("out.partial") / "state.json"
+    state = json.loads(file.read_text())
+    assert 0 < state["seconds"] < 100
+    file.write_text(json.dumps(state | {"seconds": 1000.0}))
+    with pytest.raises(InterruptedRunError):  # the second process is stopped, too
+        quick(model, "rsq", out, text, log=Log(STOPS["LayerStarted 2"]))
+    assert 1000 < json.loads(file.read_text())["seconds"] < 1100
+    with pytest.raises(InterruptedRunError):  # the third after publication
+        quick(model, "rsq", out, text, log=Log(lambda event: isinstance(event, StageDone) and event.name == "artifact"))
+    report = json.loads((out / "report.json").read_text())
+    assert report["seconds"] is None
+    assert 1000 < report["seconds_so_far"] < 1100
+    result = quick(model, "rsq", out, text)
+    assert report["seconds_so_far"] <= result.report["seconds"] < 1100
+    assert "seconds_so_far" not in json.loads((out / "report.json").read_text())
 
 
 KILLED = """

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,12 @@ def test_perplexity_is_that_of_the_whole_text_without_special_tokens(model, ppl,
     assert (ppl.text, ppl.harness) == ("numbers.txt", None)
 
 
-def test_tasks_keep_their_order_and_survive_json(model, tokenizer, settings, material):
+def stored(scores: Scores) -> dict[str, Any]:
+    """What a report holds of scores."""
+    return json.loads(json.dumps(scores.to_json(), allow_nan=False))
+
+
+def test_tasks_keep_their_order_and_are_stored(model, tokenizer, settings, material):
     scores = score(model, tokenizer, ["sums", "perplexity", "sums"], settings, material)
     assert [(metric.task, metric.metric) for metric in scores.metrics] == [
         ("sums", "acc"),
@@ -55,14 +61,13 @@ def test_tasks_keep_their_order_and_survive_json(model, tokenizer, settings, mat
     assert (acc.n, acc.higher_is_better) == (6, True)
     assert acc.stderr == pytest.approx(math.sqrt(acc.value * (1 - acc.value) / 5))
     assert sum(acc.items) / 6 == pytest.approx(acc.value)
-    assert Scores.from_json(json.loads(json.dumps(scores.to_json(), allow_nan=False))) == scores
+    kept = stored(scores)["metrics"]
+    assert [(metric["value"], metric["items"]) for metric in kept] == [(m.value, list(m.items)) for m in scores.metrics]
 
 
 def test_infinite_perplexity_is_null_in_json(ppl):
     broken = replace(ppl, metrics=(replace(ppl.metrics[0], value=math.inf),))
-    data = json.loads(json.dumps(broken.to_json(), allow_nan=False))
-    assert data["metrics"][0]["value"] is None
-    assert math.isnan(Scores.from_json(data).metrics[0].value)
+    assert stored(broken)["metrics"][0]["value"] is None
 
 
 def test_perplexity_needs_a_text(model, tokenizer, settings):
@@ -180,8 +185,9 @@ def test_divergence_beside_perplexity(diverged, model, tokenizer, material):
     (row,) = compare(before, after)
     assert row.metric == "perplexity@64/32"
     assert math.exp(row.paired.difference) == pytest.approx(row.ratio)  # weighted by the tokens of each window
-    for scores in diverged:
-        assert Scores.from_json(json.loads(json.dumps(scores.to_json(), allow_nan=False))) == scores
+    assert stored(before)["divergence"] is None
+    assert stored(after)["divergence"]["kl"] == list(after.divergence.kl)
+    assert stored(after)["divergence"]["greedy"]["tokens"] == 32
 
 
 @pytest.mark.parametrize(("tasks", "count"), [(["perplexity"], 5), (["divergence"], 5 + 1), (["sums"], 6)])
@@ -225,9 +231,8 @@ def test_right_and_wrong_answers_are_paired(model, tokenizer, settings):
     assert row.paired.test == MCNEMAR
     assert (row.paired.improved, row.paired.worsened) == (changed.count(1), changed.count(-1))
     assert row.paired.difference == pytest.approx(row.delta)
-    stored = before.to_json()["metrics"][0]["items"]
-    assert all(type(item) is int for item in stored)
-    assert json.dumps(compare(Scores.from_json(before.to_json()), after)[0].to_json(), allow_nan=False)
+    assert all(type(item) is int for item in stored(before)["metrics"][0]["items"])
+    assert json.dumps(row.to_json(), allow_nan=False)
 
 
 def results(value, **others):
@@ -297,8 +302,9 @@ def test_needles_by_length(monkeypatch, model, tokenizer, settings):
         (64, 0.0, 0.5, ()),
         (64, 1.0, 1.0, ()),
     ]
-    assert "answers" not in scores.to_json()["long_context"][0]
-    assert Scores.from_json(json.loads(json.dumps(scores.to_json()))) == scores
+    cell = stored(scores)["long_context"][0]
+    assert "answers" not in cell
+    assert (cell["length"], cell["depth"], cell["score"]) == (64, 0.0, 0.5)
     other = score(model, tokenizer, ["passkey"], chosen, Material(haystack=NamedText("t", "straw")))
     with pytest.raises(InputError, match="haystack differs"):
         compare(scores, other)
@@ -310,15 +316,3 @@ def test_a_length_beyond_the_context(tokenizer, settings):
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
     with pytest.raises(InputError, match=r"eval\.lengths.*256"):
         score(model, tokenizer, ["passkey"], replace(settings, lengths=(512,)))
-
-
-def test_scores_of_an_older_version_can_be_read(ppl):
-    data = ppl.to_json()
-    for name in ("divergence", "long_context", "haystack", "documents"):
-        del data[name]
-    del data["perplexity"]["weights"]
-    for name in ("items", "log", "weights"):
-        del data["metrics"][0][name]
-    (row,) = compare(Scores.from_json(data), ppl)
-    assert row.paired is None
-    assert row.delta == 0

@@ -50,6 +50,15 @@ def full_report() -> dict[str, Any]:
             "dtype": "float16",
             "degraded": [],
             "modules": _modules(),
+            "tuning": {
+                "epochs": 3,
+                "learning_rate": 1e-4,
+                "steps": 24,
+                "kl_by_epoch": [0.21, 0.16, 0.14],
+                "held_out": {"windows": 1, "kl_before": 0.2012345, "kl_after": 0.1512345},
+                "kept": True,
+                "seconds": 95.0,
+            },
         },
         "artifact": {
             "format": "compressed-tensors",
@@ -193,6 +202,7 @@ def _efficiency() -> dict[str, Any]:
         "model": "this",
         "rows": [
             figure("weight_bytes_on_disk", "bytes", 0.4, 0.0, False),
+            figure("peak_memory_generating", "bytes", 0.6, 0.01, False),
             figure("time_to_first_token", "s", 1.02, 0.1, False),
             figure("decode_tokens_per_second", "tokens/s", 0.8, 0.05, True),
         ],

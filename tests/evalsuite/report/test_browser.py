@@ -82,7 +82,7 @@ def test_charts_are_seen_whole_and_nothing_sticks_out(
 ) -> None:
     page, problems = opened(browser, pages[name], width, "light")
     charts = page.evaluate(CHARTS)
-    assert len(charts) == {"full": 9, "bare": 1, "two": 7, "many": 7}[name]
+    assert len(charts) == {"full": 10, "bare": 1, "two": 7, "many": 7}[name]
     for figure in charts:
         (chart,) = figure  # of the two widths exactly one is shown
         assert chart["width"] > 100, chart

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
+import pytest
 from compress.evalsuite.report import Comparison, compare_reports, render_comparison
 from html_reader import Element, read
-from report_builders import full_report, other_report
+from report_builders import full_report, other_report, row
 from test_render import section, table_rows
 
 
@@ -61,6 +62,48 @@ def test_figures_measured_differently_are_marked_and_not_drawn() -> None:
     assert all("art-1" not in title.text() for title in section(root, "errors").all("title"))
 
 
+@pytest.mark.parametrize(
+    ("key", "place", "value", "differs"),
+    [
+        ("arc_easy/acc", ("after", "settings", "apply_chat_template"), True, "chat template: yes, not no"),
+        ("arc_easy/acc", ("settings", "num_fewshot"), 5, "examples in the prompt: 5, not 0"),
+        ("arc_easy/acc", ("after", "documents", "arc_easy"), "f" * 64, "questions: ffffffffffff, not abababababab"),
+        ("piqa/acc", ("after", "settings", "max_length"), 64, "longest prompt: 64, not unknown"),
+        ("perplexity/perplexity@1024", ("after", "text_tokens"), "f" * 64, "tokens of the text: ffffffffffff, not "),
+        ("passkey/string_match@2048", ("long_context", "seed"), 5, "seed: 5, not 0"),
+        ("passkey/string_match@2048", ("long_context", "depths"), 9, "depths: 9, not 3"),
+        ("passkey/string_match@2048", ("after", "haystack"), "f" * 64, "text of the haystack: ffffffffffff, not "),
+    ],
+)
+def test_scores_of_other_questions_are_not_compared(key: str, place: tuple[str, ...], value: Any, differs: str) -> None:
+    reports = [full_report(), other_report()]
+    for report in reports:
+        report["eval"]["rows"].append(row("passkey", "string_match@2048", 1.0, 0.8, True))
+        report["eval"]["after"] = {
+            "settings": {"apply_chat_template": False, "max_length": None, "window": 1024, "stride": None},
+            "text_tokens": "cd" * 32,
+            "haystack": "ef" * 32,
+            "documents": {"arc_easy": "ab" * 32},
+        }
+    assert row_of(side_by_side(*reports), "scores", key).comparable(1)
+    settings = reports[1]["eval"]
+    for name in place[:-1]:
+        settings = settings[name]
+    settings[place[-1]] = value
+    comparison = side_by_side(*reports)
+    (found,) = row_of(comparison, "scores", key).entries[1].differs
+    assert found.startswith(differs)
+    assert sum(not row.comparable(1) for row in comparison.of("scores")) < len(comparison.of("scores"))
+
+
+def test_agreement_on_another_text_is_not_compared() -> None:
+    reports = [full_report(), other_report()]
+    for report, digest in zip(reports, ("ab" * 32, "cd" * 32), strict=True):
+        report["eval"]["after"] = {"text_tokens": digest}
+    differs = row_of(side_by_side(*reports), "agreement", "top1_agreement").entries[1].differs
+    assert differs == ("tokens of the text: cdcdcdcdcdcd, not abababababab",)
+
+
 def test_another_original_is_no_baseline() -> None:
     other = other_report()
     other["eval"]["rows"][0]["before"] = 21.0
@@ -96,6 +139,15 @@ def test_the_page_has_tiles_and_a_series_for_each() -> None:
     assert [key.split()[-1] for key in keys] == ["art-0", "art-1", "art-2"]
     titles = [element.text() for element in section(root, "size").all("svg")[0].all("title")]
     assert "art-1: 60.0 MB, 60.0 %" in titles
+
+
+def test_what_to_know_of_the_ratios_is_told_for_each() -> None:
+    other = other_report()
+    other["efficiency"]["notes"] = ["the file is itself quantized"]
+    told = section(page(full_report(), other), "speed").text()
+    assert "art-0: Transformers unpacked the weights while loading." in told
+    assert "art-1: The file is itself quantized." in told
+    assert "Peak memory while answering" in told
 
 
 def test_what_all_share_is_told_once() -> None:

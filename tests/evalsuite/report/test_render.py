@@ -40,7 +40,7 @@ def page() -> Element:
 
 def test_every_section_is_there_with_a_sentence_that_says_which_way_is_better(page: Element) -> None:
     quality, cost, trust = ["scores", "divergence", "needles"], ["size", "speed", "kv"], ["check", "origin"]
-    assert names(page) == [*quality, *cost, "errors", "bits", *trust]
+    assert names(page) == [*quality, *cost, "errors", "bits", "tuning", *trust]
     better = re.compile(r"better|best|smaller|rounding only|repeat the run")
     for name in names(page):
         part = section(page, name)
@@ -121,14 +121,44 @@ def test_needles_show_the_ceiling_of_the_original(page: Element) -> None:
 
 
 def test_speed_and_memory_in_words(page: Element) -> None:
-    disk, first, writing = table_rows(section(page, "speed"))
+    disk, peak, first, writing = table_rows(section(page, "speed"))
     assert disk[3:] == ["0.40×", "Better: 2.50× smaller"]
+    assert peak[0].startswith("Peak memory while answering the most held at any moment after loading")
+    assert peak[4] == "Better: 1.67× smaller"
     assert first[4] == "No clear difference: the spread reaches over 1×"
     assert writing[3:] == ["0.80× 0.76 to 0.84×", "Worse: 0.80× as fast"]
     told = section(page, "speed").text()
     assert "cpu, 2 threads, float32" in told
-    assert "Transformers unpacked the weights while loading." in told
+    assert "Good to know: Transformers unpacked the weights while loading." in told
     assert "nothing is saved here" in section(page, "kv").text()
+
+
+def test_tuning_says_what_it_brought(page: Element) -> None:
+    part = section(page, "tuning")
+    told = part.text()
+    assert "On held-out text the KL divergence fell from 0.201 to 0.151 nats per token." in told
+    assert "3, 24 steps in all" in told
+    assert "0.0001" in told
+    assert "1 min 35 s" in told
+    assert table_rows(part) == [["1", "0.210"], ["2", "0.160"], ["3", "0.140"]]
+    assert "pass 3: 0.140" in {element.text() for element in part.all("title")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kept": False}, "didn't fall (0.201 before, 0.151 after), so nothing that was learnt was kept"),
+        ({"held_out": None}, "There was no second window of text to hold out, so the gain isn't known."),
+        ({"kl_by_epoch": [0.2], "epochs": 1}, "1, 24 steps in all"),
+        ({"kl_by_epoch": [None, None]}, "On held-out text the KL divergence fell"),
+    ],
+)
+def test_tuning_that_brought_nothing_or_wasnt_measured(changes: dict[str, Any], words: str) -> None:
+    report = full_report()
+    report["weights"]["tuning"] |= changes
+    part = section(read(render(report, "x")), "tuning")
+    assert words in part.text()
+    assert not part.all("svg") if "kl_by_epoch" in changes else part.all("svg")
 
 
 def test_size_is_honest_about_a_small_source(page: Element) -> None:
@@ -160,7 +190,7 @@ def test_every_chart_and_table_has_a_name(page: Element) -> None:
             assert line.children[0].tag == "th"
             assert len(line.children) == len(table.all("thead")[0].all("th"))
     levels = [element.tag for element in elements(page) if re.fullmatch(r"h\d", element.tag)]
-    assert levels == ["h1"] + ["h2"] * 10
+    assert levels == ["h1"] + ["h2"] * 11
 
 
 def test_no_colour_is_fixed() -> None:
@@ -200,7 +230,7 @@ def made(report: dict[str, Any]) -> set[str]:
 @pytest.mark.parametrize("key", list(full_report()))
 def test_every_section_is_optional(key: str) -> None:
     gone = {
-        "weights": {"errors", "bits"},
+        "weights": {"errors", "bits", "tuning"},
         "artifact": {"size"},
         "reload_check": {"check"},
         "eval": {"scores", "divergence", "needles"},
