@@ -33,7 +33,7 @@ from compress.events import Event, Message, StageDone, StageStarted
 from compress.model import open_config, open_model
 from compress.options import BenchOptions
 from compress.report_page import update_report
-from compress.source import hub_config_folder, hub_weight_bytes, locate
+from compress.source import hub_config_folder, hub_report_folder, hub_weight_bytes, locate
 from compress.worker import Owner, Turns, Worker
 
 __all__ = ["DENSE", "Subject", "bench", "is_original", "original", "save"]
@@ -152,32 +152,49 @@ def _subjects(model: str | Path | Subject, against: str | Path | Subject) -> dic
     if against == DENSE:
         if callable(subject.model):
             raise InputError("--against", DENSE, "a function has no original", fix="name the model to compare with")
-        return {"baseline": original(Path(subject.model).expanduser()), "model": subject}
+        return {"baseline": original(subject.model), "model": subject}
     return {"baseline": against if isinstance(against, Subject) else Subject(against), "model": subject}
 
 
-def original(folder: Path) -> Subject:
+def original(artifact: str | Path) -> Subject:
     """The model that an artifact was made of, where its report says.
+
+    Args:
+        artifact: its folder, or its Hub id.
 
     Raises:
         InputError: not an artifact; the original is gone, or another one.
     """
-    report = read_report(folder)
+    try:
+        folder = _report_folder(str(artifact))
+    except InputError as error:
+        raise error.under("ARTIFACT") from error
+    report = None if folder is None else read_report(folder)
     if report is None:
         fix = "give an artifact of `compress run`, or name the model to compare with: --against MODEL"
-        raise InputError("ARTIFACT", folder, "is not an artifact: it has no report.json that can be read", fix=fix)
+        raise InputError("ARTIFACT", artifact, "is not an artifact: it has no report.json that can be read", fix=fix)
     known = report["model"]
     source = known["source"]
     fix = "name it, or another model: --against MODEL"
     try:
         found = open_config(source)
     except InputError as error:
-        problem = f"the original that {folder / 'report.json'} names, {source}, can't be opened: {error.problem}"
+        problem = f"the original that the report of {artifact} names, {source}, can't be opened: {error.problem}"
         raise InputError("--against", DENSE, problem, fix=fix) from error
     if found.num_params != known["parameters"]:
         problem = f"{source} has {found.num_params:,} parameters, the original had {known['parameters']:,}"
         raise InputError("--against", DENSE, problem, fix=fix)
     return Subject(source, name=known["name"])
+
+
+def _report_folder(artifact: str) -> Path | None:
+    """Where the report of an artifact lies; of one on the Hub it is fetched, or None if there is none."""
+    found = locate(artifact)
+    if found.path is not None:
+        return found.path
+    online = hub_weight_bytes(artifact) is not None
+    hub_config_folder(artifact, online)  # of a model that isn't there, the reason
+    return hub_report_folder(artifact, online)
 
 
 def _option(side: str) -> str:

@@ -21,6 +21,7 @@ from compress.calibrate.errors import InputError
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ROWS = 4096  # of a matrix compared at once
 _DAMAGED = "download it again, or compare its size and checksum with the original"
 
 
@@ -139,6 +140,20 @@ class SafetensorsCheckpoint(FileSet):
         with safe_open(self._home[name], framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(name)
         return tensor.clone()
+
+    def differ(self, first: str, second: str) -> bool:
+        """Whether two tensors are both there and not equal; they are read a few rows at a time, up to a difference."""
+        if not {first, second} <= self._home.keys():
+            return False
+        if self._shapes[first] != self._shapes[second]:
+            return True
+        with safe_open(self._home[first], framework="pt") as one, safe_open(self._home[second], framework="pt") as two:
+            pieces = one.get_slice(first), two.get_slice(second)
+            for start in range(0, self._shapes[first][0], _ROWS):
+                rows, others = (piece[start : start + _ROWS] for piece in pieces)
+                if not torch.equal(rows.float(), others.float()):
+                    return True
+        return False
 
 
 def _shards(folder: Path, source: str) -> list[Path]:

@@ -262,7 +262,9 @@ def run_layer(
 
 
 def open_config(source: str) -> ModelFacts:
-    """The facts of a model from its config and file headers; no weights are read, and none are fetched.
+    """The facts of a model from its config and file headers; no weights are fetched.
+
+    None are read either, but for an output head that is stored beside the embedding it is said to be.
 
     Raises:
         InputError: no such model, an unsupported family, a damaged file, or weights that don't fit the config.
@@ -294,15 +296,6 @@ def open_model(source: str, trust_remote_code: bool = False) -> ModelView:
     else:
         path = found.path
     facts, checkpoint = _open_local(found, path)
-    head, embed = f"{facts.family.head}.weight", f"{facts.family.embed}.weight"
-    if (
-        facts.tied
-        and {head, embed} <= set(checkpoint.names())
-        and not torch.equal(checkpoint.read(head), checkpoint.read(embed))
-    ):
-        # transformers believes the weights rather than the config here, and so do we
-        facts = replace(facts, tied=False)
-        facts.config.tie_word_embeddings = False
     return ModelView(facts, checkpoint, path, trust_remote_code)
 
 
@@ -332,7 +325,9 @@ def _open_local(found: Source, path: Path) -> tuple[ModelFacts, Checkpoint]:
         name = checkpoint.header.metadata.get("general.name", path.stem)
     else:
         family, config = _folder_config(path, found.text)
-        checkpoint = SafetensorsCheckpoint(path, found.text)
+        checkpoint = safetensors = SafetensorsCheckpoint(path, found.text)
+        if config.tie_word_embeddings and safetensors.differ(f"{family.head}.weight", f"{family.embed}.weight"):
+            config.tie_word_embeddings = False  # transformers believes the weights rather than the config, and so do we
         name = found.text if found.kind == "hub" else path.resolve().name
     facts = _facts(found.text, name, config, family)
     expected = facts.tensor_shapes()

@@ -1,12 +1,12 @@
 """What is told of an artifact in its folder: ``report.json``, ``report.html`` and the model card, written together."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.artifact.card import model_card, titled
 from compress.artifact.export import read_report
+from compress.artifact.layout import report_text
 from compress.calibrate.errors import InputError
 from compress.evalsuite.report import render
 from compress.work import write_text
@@ -33,7 +33,7 @@ def write_report(
     card = path.read_text(encoding="utf-8") if former is not None and path.is_file() else None
     title = name if card is None else titled(card) or name
     edited = card is not None and former is not None and card != model_card(former, title)
-    write_text(folder / "report.json", json.dumps(report, indent=1, default=str) + "\n")
+    write_text(folder / "report.json", report_text(report))
     if not edited:
         write_text(path, model_card(report, title))
     write_page(folder, report, name)

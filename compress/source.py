@@ -126,6 +126,21 @@ def hub_config_folder(hub_id: str, online: bool) -> Path:
         raise _hub_error(hub_id, error) from error
 
 
+def hub_report_folder(hub_id: str, online: bool) -> Path | None:
+    """The cached folder that holds the ``report.json`` of an artifact on the Hub, also of one that ``hub_id`` names a
+    folder of; only this file is fetched. None if there is none.
+
+    Raises:
+        InputError: gated or unreachable, with the way on.
+    """
+    try:
+        return Path(hf_hub_download(repository(hub_id), "report.json", local_files_only=not online)).parent
+    except EntryNotFoundError:
+        return None
+    except _HUB_ERRORS as error:
+        raise _hub_error(hub_id, error) from error
+
+
 def download(hub_id: str, online: bool) -> Path:
     """Fetch a model from the Hub, or find it in the cache: weights, config, tokenizer, README and licence.
 

@@ -6,7 +6,6 @@ for whoever downloads it.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from compress.artifact.card import model_card, titled
 from compress.artifact.export import read_report
 from compress.artifact.inspect import inspect
+from compress.artifact.layout import report_text
 from compress.artifact.privacy import Cleaner, shareable
 from compress.artifact.target import Remote
 from compress.calibrate.errors import InputError
@@ -100,7 +100,7 @@ def _with_copies(folder: Path, repo: str, report: dict[str, Any], files: list[Ou
         recipe = _text(RECIPE, Recipe.load(clean["recipe"]).to_yaml())
         clean["artifact"]["files"][RECIPE] = {"bytes": recipe.size, "sha256": recipe.sha256}
         made.append(recipe)
-    made.append(_text(REPORT, json.dumps(clean, indent=1) + "\n"))
+    made.append(_text(REPORT, report_text(clean)))
     made.append(_text(CARD, _card(folder / CARD, repo, report)))
     if (folder / PAGE).is_file():
         made.append(_text(PAGE, render(clean, repo)))

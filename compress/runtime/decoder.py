@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -88,6 +90,44 @@ class Step:
         return self.block.after(mixed.reshape(hidden.shape[0], -1), hidden)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a decoder, and what they were made of.
+
+    Attributes:
+        modules: every module that the steps stand for: where it is held, by which name, itself and its class.
+        tensors: of these modules, in the same way, with their addresses.
+        steps: by layer, or None where one can't be fused.
+    """
+
+    modules: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
+    tensors: tuple[tuple[dict[str, Any], str, Tensor | None, int], ...]
+    steps: tuple[Step, ...] | None
+
+    def current(self) -> bool:
+        """Whether the decoder still holds what the steps were made of."""
+        for held, name, part, kind in self.modules:
+            if held.get(name) is not part or type(part) is not kind:
+                return False
+        for held, name, tensor, address in self.tensors:
+            if held.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
+                return False
+        return True
+
+    def patched(self) -> bool:
+        """Whether a module does more than its class says: a hook, or a ``forward`` of its own."""
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return True
+        return any(
+            part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+            for _, _, part, _ in self.modules
+        )
+
+    def trained(self) -> bool:
+        """Whether a tensor of the layers wants a gradient."""
+        return any(tensor is not None and tensor.requires_grad for _, _, tensor, _ in self.tensors)
+
+
 class FusedDecoder(nn.Module):
     """What is put before the family's decoder class; see the module's text."""
 
@@ -96,8 +136,7 @@ class FusedDecoder(nn.Module):
     layers: nn.ModuleList
     norm: nn.Module
     rotary_emb: nn.Module
-    _steps: tuple[Step, ...] | None = None
-    _watched: tuple[tuple[dict[str, Any], str, nn.Module], ...] | None = None
+    _plan: Plan | None = None  # one value, so that threads never see the steps of one state and the parts of another
 
     def forward(
         self,
@@ -110,10 +149,16 @@ class FusedDecoder(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """What the family's decoder returns for the same arguments, with a cache of ours where it would make one."""
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+        caching = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and caching and not self._learns(inputs_embeds):
             past_key_values = GrowingCache(self.config)
-        if past_key_values is not None and inputs_embeds is None and self._exact(input_ids, attention_mask, kwargs):
-            return self._answer(input_ids, attention_mask, position_ids, past_key_values)
+        if past_key_values is not None and inputs_embeds is None and self._asked(input_ids, attention_mask, kwargs):
+            assert input_ids is not None
+            steps = self._current_steps(past_key_values)
+            if steps is not None:
+                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+                if _readable(inputs_embeds):
+                    return self._answer(steps, inputs_embeds, attention_mask, position_ids, past_key_values)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -124,8 +169,14 @@ class FusedDecoder(nn.Module):
             **kwargs,
         )
 
-    def _exact(self, ids: Tensor | None, mask: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether the fused steps give what the inherited way gives for these arguments."""
+    def _learns(self, embeds: Tensor | None) -> bool:
+        """Whether a gradient may go through a cache, which then can't be one that is written in place."""
+        if not torch.is_grad_enabled():
+            return False
+        return (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in self.parameters())
+
+    def _asked(self, ids: Tensor | None, mask: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether the fused steps can answer these arguments."""
         if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or ids.shape[0] > MOST_ROWS or ids.device.type != "cpu":
             return False
         if kwargs.get("return_dict") is False or any(
@@ -135,18 +186,23 @@ class FusedDecoder(nn.Module):
         config = self.config
         if config._attn_implementation == "eager" or self.training or config.output_hidden_states:
             return False  # eager attention is asked for to look at its weights
-        if mask is not None and not isinstance(mask, Tensor):
-            return False
-        if self._watched is None or any(held.get(name) is not part for held, name, part in self._watched):
-            self._watched, self._steps = _watched(self), _steps(self)
-        return self._steps is not None and not any(
-            part._forward_hooks or part._forward_pre_hooks for _, _, part in self._watched
-        )
+        return mask is None or isinstance(mask, Tensor)
 
-    def _answer(self, ids: Any, attention_mask: Tensor | None, position_ids: Tensor | None, past: Any) -> Any:
-        assert self._steps is not None
-        hidden = self.embed_tokens(ids)
-        batch = ids.shape[0]
+    def _current_steps(self, past: Any) -> tuple[Step, ...] | None:
+        """The steps if they give what the inherited way gives, made anew where a part was exchanged."""
+        plan = self._plan
+        if plan is None or not plan.current():
+            self._plan = plan = _plan(self)
+        if plan.steps is None or plan.patched():
+            return None
+        if torch.is_grad_enabled() and (plan.trained() or _differentiable(past)):
+            return None
+        return plan.steps
+
+    def _answer(
+        self, steps: tuple[Step, ...], hidden: Tensor, attention_mask: Any, position_ids: Tensor | None, past: Any
+    ) -> Any:
+        batch = hidden.shape[0]
         if position_ids is None:
             position_ids = torch.full((1, 1), past.get_seq_length())
         masks = {
@@ -157,24 +213,24 @@ class FusedDecoder(nn.Module):
                 past_key_values=past,
                 position_ids=position_ids,
             )
-            for kind in dict.fromkeys(step.kind for step in self._steps)
+            for kind in dict.fromkeys(step.kind for step in steps)
         }
         cos, sin = (
             table.view(table.shape[0], -1).expand(batch, -1).contiguous()
             for table in self.rotary_emb(hidden, position_ids=position_ids)
         )
         name = self.config._attn_implementation
-        flat = hidden.view(batch, -1)
-        for step in self._steps:
+        flat = hidden.view(batch, -1).clone()  # the layers write into it, and the embedding's output isn't theirs
+        for step in steps:
             flat = step(flat, (cos, sin), past, masks, name)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(flat.unsqueeze(1)), past_key_values=past)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._watched = None  # the steps point into tensors that are now replaced
+        self._plan = None  # the steps point into tensors that are now replaced
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_steps": None, "_watched": None}  # addresses aren't those of a copy
+        return self.__dict__ | {"_plan": None}  # addresses aren't those of a copy
 
 
 def fused_class(family: Family) -> type[Any]:
@@ -189,14 +245,24 @@ def _fused(base: Any) -> type[Any]:
     return type(f"Fused{base.__name__}", (FusedDecoder, base), members)
 
 
-def _watched(decoder: FusedDecoder) -> tuple[tuple[dict[str, Any], str, nn.Module], ...]:
-    """Every module below the decoder that the fused steps stand for, and where it is held."""
+def _plan(decoder: FusedDecoder) -> Plan:
+    held: dict[str, Any] = decoder._modules
     layers: dict[str, Any] = decoder.layers._modules
-    found = [(layers, name, layer) for name, layer in layers.items()]
+    places = [(held, "layers"), *((layers, name) for name in layers)]
     for layer in layers.values():
         for parent in (layer, *layer._modules.values()):
-            found += [(parent._modules, name, part) for name, part in parent._modules.items() if part is not None]
-    return tuple(found)
+            places += [(parent._modules, name) for name, part in parent._modules.items() if part is not None]
+    modules = tuple((parts, name, parts[name], type(parts[name])) for parts, name in places)
+    tensors = tuple(
+        (own, name, tensor, 0 if tensor is None else tensor.data_ptr())
+        for _, _, part, _ in modules
+        for own in (part._parameters, part._buffers)
+        for name, tensor in own.items()
+    )
+    steps = (
+        _steps(decoder) if all(tensor is None or tensor.device.type == "cpu" for _, _, tensor, _ in tensors) else None
+    )
+    return Plan(modules, tensors, steps)
 
 
 def _steps(decoder: FusedDecoder) -> tuple[Step, ...] | None:
@@ -215,13 +281,16 @@ def _step(layer: Any, config: Any, family: Family) -> Step | None:
     norms = [layer.get_submodule(family.input_norm), layer.get_submodule(family.post_norm)]
     if family.qk_norm:
         norms += [attention.q_norm, attention.k_norm]
-    kinds = (PackedLinear, StoredLinear)
+    mlp = layer.get_submodule(family.mlp)
     if (
-        type(layer) is not family.load_class("DecoderLayer")
-        or not all(isinstance(part, kinds) for part in linear.values())
+        config.hidden_act not in GATES
+        or type(layer) is not family.load_class("DecoderLayer")
+        or type(attention) is not family.load_class("Attention")
+        or type(mlp) is not family.load_class("MLP")
+        or type(mlp.act_fn) is not type(ACT2FN[config.hidden_act])
+        or any(type(part) not in (PackedLinear, StoredLinear) for part in linear.values())
         or any(type(norm) is not family.load_class("RMSNorm") or norm.weight.dtype != torch.float32 for norm in norms)
         or len({norm.variance_epsilon for norm in norms}) != 1
-        or config.hidden_act not in GATES
     ):
         return None
     window = _window(config, family, attention.layer_idx)
@@ -257,6 +326,19 @@ def _block(linear: dict[str, Any], norms: list[Any], config: Any, attention: Any
         act=GATES[config.hidden_act],
         activations=packed[0].activations if packed else "float",
     )
+
+
+def _readable(hidden: Tensor) -> bool:
+    """Whether hidden states are what the first step reads; a hook may have changed those of the embedding."""
+    if hidden.requires_grad and torch.is_grad_enabled():
+        return False
+    return hidden.dtype == torch.float32 and hidden.device.type == "cpu" and hidden.is_contiguous()
+
+
+def _differentiable(past: Any) -> bool:
+    """Whether a cache holds keys or values that want a gradient."""
+    held = (getattr(layer, name, None) for layer in getattr(past, "layers", ()) for name in ("keys", "values"))
+    return any(isinstance(states, Tensor) and states.requires_grad for states in held)
 
 
 def _plain(keys: Any, values: Any, mask: Any) -> bool:

@@ -140,18 +140,20 @@ class Gptq(PackedFormat):
         return from_gptq(words, scale, zeros, self._scheme.bits, layout, self._version)
 
 
-def packed_format(tensors: StoredTensors, block: Mapping[str, Any]) -> PackedFormat | None:
+def packed_format(block: Mapping[str, Any]) -> type[CompressedTensors | Gptq] | None:
     """The format of a folder with this ``quantization_config``, or None if it is run dense."""
     if block.get("quant_method") == "gptq":
         plain = not block.get("desc_act") and not block.get("dynamic") and block.get("bits") in BIT_WIDTHS
         known = block.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
-        return Gptq(tensors, block) if plain and known else None
+        return Gptq if plain and known else None
     if block.get("quant_method") != "compressed-tensors" or block.get("kv_cache_scheme") is not None:
+        return None
+    if block.get("transform_config") or block.get("sparsity_config"):  # rotations on the fly, or weights left out
         return None
     form = block.get("format")
     if any(not _weights_only(group, form) for group in block.get("config_groups", {}).values()):
         return None
-    return CompressedTensors(tensors, block)
+    return CompressedTensors
 
 
 def _weights_only(group: Mapping[str, Any], form: str | None) -> bool:

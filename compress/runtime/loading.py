@@ -46,7 +46,7 @@ def load(
         A transformers model in eval mode, and its tokenizer.
 
     Raises:
-        InputError: no such model, or a damaged artifact.
+        InputError: no such model, a damaged artifact, or ``int8`` on a GPU.
     """
     if activations not in ACTIVATIONS:
         near = did_you_mean(activations, ACTIVATIONS)
@@ -54,6 +54,7 @@ def load(
     if threads < 1:
         raise InputError("threads", threads, "nothing would be computed", allowed="from 1")
     place = pick_device(device)
+    _check_activations(activations, place)
     found = find(model, trust_remote_code=trust_remote_code)
     compute = Compute(dtype, activations, threads)
     return found.open(compute, place, packed), found.tokenizer
@@ -81,8 +82,9 @@ class Unloaded:
         """Load it to a device, packed where it is packed in a way that is run, or dense.
 
         Raises:
-            InputError: a tensor that isn't what its config says.
+            InputError: a tensor that isn't what its config says, or a device that can't compute as asked for.
         """
+        _check_activations(compute.activations, device)
         held = packed_folder(self.folder) if packed and self.folder is not None else None
         return self.load(compute.dtype).to(device) if held is None else held.load(compute, device)
 
@@ -108,6 +110,11 @@ def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
     return Unloaded(context, vocabulary, tokenizer, partial(load_artifact, folder), folder)
+
+
+def _check_activations(activations: Activations, device: torch.device) -> None:
+    if activations == "int8" and device.type != "cpu":
+        raise InputError("--activations", activations, f"runs on a CPU, not on {device}", fix="use --device cpu")
 
 
 def _damaged(folder: Path) -> list[str]:

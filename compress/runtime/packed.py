@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from compress.calibrate.errors import InputError
 from compress.checkpoint import read_json
 from compress.families import FAMILIES, Family, check_config
+from compress.kernels import triton_support
 from compress.memory import release
 from compress.runtime.decoder import fused_class
 from compress.runtime.formats import PackedFormat, packed_format
@@ -49,9 +51,10 @@ class PackedFolder:
             device: where it will be.
 
         Raises:
-            InputError: a tensor is missing, is of another shape or type, or isn't known; all that is seen in headers is
-                found before anything is read.
+            InputError: a GPU that can't run the kernels; a tensor that is missing, is of another shape or type, or
+                isn't known. All that is seen in headers is found before anything is read.
         """
+        _check_device(device)
         model = self._on_meta(compute.dtype)
         parts = self._checked(model)
         for name in sorted(parts, key=lambda name: parts[name], reverse=True):
@@ -137,14 +140,26 @@ def packed_folder(folder: Path) -> PackedFolder | None:
     types, inputs in another order, GGUF.
 
     Raises:
-        InputError: its config or a header can't be read.
+        InputError: its config can't be read, or a header of packed weights.
     """
     content = read_json(folder / "config.json", str(folder))
     block = content.get("quantization_config")
     family = FAMILIES.get(str(content.get("model_type")))
     if not isinstance(block, dict) or family is None or not list(folder.glob("*.safetensors")):
         return None
+    form = packed_format(block)
+    if form is None:
+        return None
     check_config({key: value for key, value in content.items() if key != "quantization_config"}, family, str(folder))
     tensors = StoredTensors(folder)
-    form = packed_format(tensors, block)
-    return None if form is None else PackedFolder(folder, family, tensors, form)
+    return PackedFolder(folder, family, tensors, form(tensors, block))
+
+
+def _check_device(device: torch.device) -> None:
+    """Find a GPU without Triton, or one that is too old, before the first token does."""
+    if device.type != "cuda":
+        return
+    try:
+        triton_support.check(device)
+    except ValueError as error:
+        raise InputError("--device", device, str(error), fix="use --device cpu") from error

@@ -27,7 +27,7 @@ def long_context(report: Mapping[str, Any]) -> Section | None:
     blocks: list[Block] = [Note(text) for text in _ceiling(before, after)]
     tasks = list(dict.fromkeys(task for task, _, _ in after or before))
     if len(tasks) > 1 or not _depths(tasks[0], after or before):
-        blocks.append(_overview(tasks, before, after))
+        blocks.append(overview(_panels(before, after), tasks))
     grids = tuple(_by_depth(task, before, after) for task in tasks if _depths(task, after or before))
     if grids:
         blocks.append(Charts(grids, SCALE, "Depth 0 % is the beginning of the text, 100 % its end."))
@@ -62,7 +62,7 @@ def mean_by_length(scores: Fields, task: str | None = None) -> dict[int, float]:
     }
 
 
-def score_cell(score: float | None, title: str) -> draw.Cell:
+def _cell(score: float | None, title: str) -> draw.Cell:
     """A field of a heat map, from 0 to 100 %."""
     if score is None:
         return draw.Cell("missing", "", title)
@@ -102,16 +102,17 @@ def _depths(task: str, scores: Fields) -> list[float]:
     return sorted({depth for name, _, depth in scores if name == task and depth is not None})
 
 
-def _overview(tasks: Sequence[str], before: Fields, after: Fields) -> Chart:
-    lengths = sorted({length for _, length, _ in before | after})
+def overview(sources: Sequence[tuple[str, Fields]], tasks: Sequence[str]) -> Chart:
+    """A heat map of mean scores by task and length for each model, named by its title."""
+    lengths = sorted({length for _, scores in sources for task, length, _ in scores if task in tasks})
     panels = []
-    for title, scores in _panels(before, after):
+    for title, scores in sources:
         cells = {}
         for row, task in enumerate(tasks):
             means = mean_by_length(scores, task)
             for column, length in enumerate(lengths):
-                name = f"{glossary.task(task).title}, {tokens(length)} tokens, {title.lower()}"
-                cells[row, column] = score_cell(means.get(length), name)
+                name = f"{title}, {glossary.task(task).title}, {tokens(length)} tokens"
+                cells[row, column] = _cell(means.get(length), name)
         panels.append((title, cells))
     rows = [glossary.task(task).title for task in tasks]
     names = ("", "length in tokens")
@@ -130,7 +131,7 @@ def _by_depth(task: str, before: Fields, after: Fields) -> Chart:
     panels = []
     for panel, scores in _panels(before, after):
         cells = {
-            (row, column): score_cell(
+            (row, column): _cell(
                 scores.get((task, length, depth)),
                 f"{title}, {tokens(length)} tokens, depth {percent(depth, 0)}, {panel.lower()}",
             )

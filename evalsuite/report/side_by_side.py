@@ -9,7 +9,7 @@ from compress.evalsuite.report.costs import notes, ratio_interval, ratio_text
 from compress.evalsuite.report.figures import score_key
 from compress.evalsuite.report.findings import findings
 from compress.evalsuite.report.layers import mean_errors, percent_short
-from compress.evalsuite.report.needles import SCALE, fields, mean_by_length, score_cell, tokens
+from compress.evalsuite.report.needles import fields, overview, tokens
 from compress.evalsuite.report.origin import HASHES, facts_of
 from compress.evalsuite.report.summary import summary
 from compress.evalsuite.report.svg import SERIES
@@ -170,33 +170,14 @@ def _long_context(comparison: Comparison) -> Section | None:
     if not rows:
         return None
     tasks = list(dict.fromkeys(row.key.rpartition("/")[0] for row in rows))
-    lengths = sorted({int(row.key.rpartition("/")[2]) for row in rows})
     first = next(report for report in comparison.reports if dig(report, "eval", "long_context"))
-    sources = [("original", fields(dig(first, "eval", "long_context", "before")))]
+    sources = [("Original", fields(dig(first, "eval", "long_context", "before")))]
     for index, (name, report) in enumerate(zip(comparison.names, comparison.reports, strict=True)):
         if any(row.comparable(index) for row in rows):
             sources.append((shortened(name, 24), fields(dig(report, "eval", "long_context", "after"))))
-    panels = []
-    for name, scores in sources:
-        cells = {}
-        for line, task in enumerate(tasks):
-            means = mean_by_length(scores, task)
-            for column, length in enumerate(lengths):
-                title = f"{name}, {glossary.task(task).title}, {tokens(length)} tokens"
-                cells[line, column] = score_cell(means.get(length), title)
-        panels.append((name, cells))
-    labels = [glossary.task(task).title for task in tasks]
-    chart = Chart(
-        "long-context",
-        "Score of every task by length of the text, in per cent",
-        lambda width: draw.grids(
-            width, panels, labels, [tokens(length) for length in lengths], ("", "length in tokens")
-        ),
-        scale=SCALE,
-    )
     lead = "A fact is hidden in a long text and asked for at the end; 100 % is best, the original's score the ceiling."
     table = _table("Scores by task and length, mean over depths", comparison.names, rows)
-    return Section("needles", "Finding a fact in a long text", "Long texts", lead, (chart, table))
+    return Section("needles", "Finding a fact in a long text", "Long texts", lead, (overview(sources, tasks), table))
 
 
 def _speed(comparison: Comparison) -> Section | None:

@@ -4,7 +4,9 @@ A `NativeBlock` holds the addresses of a layer's tensors, so that a call costs a
 """
 
 import ctypes
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from compress.kernels.block.reference import Activations, Block, Linear
@@ -53,7 +55,7 @@ class NativeBlock:
         heads, kv_heads = (layer.weight.shape[0] // block.head_dim for layer in (block.q, block.k))
         hidden = block.q.weight.shape[1]
         _check(block, hidden, heads, kv_heads)
-        self.block = block
+        self.block = block = _own_block(block)
         self._functions = declared(build)
         self._heads, self._kv_heads, self._hidden = heads, kv_heads, hidden
         layers = [describe(getattr(block, name).weight, getattr(block, name).bias) for name in _LAYERS]
@@ -90,7 +92,8 @@ class NativeHead:
 
     def __init__(self, layer: Linear, norm: Tensor, epsilon: float, build: Library, threads: int = 1):
         _check_input("norm", norm, (layer.weight.shape[1],))
-        self.layer, self.norm, self.epsilon, self._threads = layer, norm, epsilon, threads
+        layer = _own(layer)
+        self.layer, self.norm, self.epsilon, self._threads = layer, norm.detach(), epsilon, threads
         self._functions = declared(build)
         self._structure = describe(layer.weight, layer.bias)
 
@@ -146,6 +149,24 @@ def declared(build: Library) -> ctypes.CDLL:
     for name in ("block_before", "block_after", "norm_linear", "decode_attention"):
         getattr(functions, f"compress_{name}").restype = _SIZE
     return functions
+
+
+def _own_block(block: Block) -> Block:
+    """The block over tensor objects of its own; see `_own`."""
+    own: dict[str, Any] = {name: _own(getattr(block, name)) for name in _LAYERS}
+    own |= {name: None if (norm := getattr(block, name)) is None else norm.detach() for name in _NORMS}
+    return replace(block, **own)
+
+
+def _own(layer: Linear) -> Linear:
+    """The layer over tensor objects of its own: ``.data =`` of the caller's would free what the structure points to."""
+    weight = layer.weight
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+    else:
+        zero = None if weight.zero is None else weight.zero.detach()
+        weight = replace(weight, codes=weight.codes.detach(), scale=weight.scale.detach(), zero=zero)
+    return Linear(weight, None if layer.bias is None else layer.bias.detach())
 
 
 def _check(block: Block, hidden: int, heads: int, kv_heads: int) -> None:

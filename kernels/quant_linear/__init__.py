@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from compress.kernels import dispatch
 from compress.kernels.quant_linear import cpu, reference, triton
 from compress.kernels.quant_linear.weight import (
@@ -28,16 +29,20 @@ def quant_linear(
         x: [..., K] floating point.
         weight: [N, K] packed: layout "planes" on a GPU, "rows" for the fast path of a CPU.
         bias: [N] or None.
-        activations: "float", or "int8" (W4A8) to round x to 8 bits over every 32 inputs; float on a GPU's kernels.
+        activations: "float", or "int8" (W4A8) to round x to 8 bits over every 32 inputs: in C++ on a CPU; a GPU has
+            only the reference for it, which dequantizes.
         threads: of the C++ path, which share the outputs out; no result depends on their number.
 
     Returns:
         [..., N] in the dtype of x.
 
     Raises:
-        ValueError: arguments that don't fit together, or a GPU that can't run the kernels.
+        ValueError: arguments that don't fit together, a gradient with regard to x that is wanted from a kernel, or a
+            GPU that can't run the kernels.
     """
     taken = path(x, weight, bias, activations)
+    if taken != "reference" and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"quant_linear has no gradient on the path {taken}: use torch.no_grad() or dequantize(weight)")
     if taken == "triton":
         return triton.quant_linear(x, weight, bias)
     if taken != "reference":

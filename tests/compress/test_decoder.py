@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -44,17 +46,19 @@ def counted(model: PreTrainedModel) -> Iterator[list[int]]:
     """Tokens a call of the layers' own forward, which the fused way leaves out; counted without a hook."""
     found: list[int] = []
     layer = model.model.layers[0].mlp
-    plain = layer.forward
+    kind = type(layer)
+    plain = kind.forward
 
-    def forward(x: Tensor) -> Tensor:
-        found.append(x.shape[1])
-        return plain(x)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        if self is layer:
+            found.append(x.shape[1])
+        return plain(self, x)
 
-    layer.forward = forward
+    kind.forward = forward  # of the class: an instance's own is a reason for the plain way
     try:
         yield found
     finally:
-        layer.forward = plain
+        kind.forward = plain
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -144,6 +148,140 @@ def test_an_exchanged_part_is_used(models: Models) -> None:
     model.model.layers[1].mlp.up_proj = dense
     assert distance(stepwise(model, ids), before) > 1e-2
     assert distance(stepwise(model, ids), at_once(model, ids)) < 1e-4
+
+
+def half(model: PreTrainedModel) -> type[Any]:
+    """A subclass of the attention that answers half of it."""
+
+    class Half(type(model.model.layers[1].self_attn)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+            mixed, weights = super().forward(*args, **kwargs)
+            return 0.5 * mixed, weights
+
+    return Half
+
+
+def exchange_activation(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def exchange_attention(model: PreTrainedModel) -> None:
+    layer = model.model.layers[1]
+    new = half(model)(model.config, 1).eval()
+    new._modules.update(layer.self_attn._modules)
+    layer.self_attn = new
+
+
+def exchange_class(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.__class__ = half(model)
+
+
+def patch_forward(model: PreTrainedModel) -> None:
+    attention = model.model.layers[1].self_attn
+    plain = attention.forward
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        mixed, weights = plain(*args, **kwargs)
+        return 0.5 * mixed, weights
+
+    attention.forward = forward
+
+
+def exchange_gain(model: PreTrainedModel) -> None:
+    norm = model.model.layers[1].input_layernorm
+    norm.weight = nn.Parameter(torch.full_like(norm.weight, 3), requires_grad=False)
+
+
+def exchange_data(model: PreTrainedModel) -> None:
+    gain = model.model.layers[1].input_layernorm.weight
+    gain.data = torch.full_like(gain, 3)
+
+
+EXCHANGES = (exchange_activation, exchange_attention, exchange_class, patch_forward, exchange_gain, exchange_data)
+
+
+@needs_native
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_every_exchange_is_seen(models: Models, exchange: Callable[[PreTrainedModel], None]) -> None:
+    model, ids = copy.deepcopy(models("llama")), tokens(1, 12)
+    before = stepwise(model, ids)
+    exchange(model)
+    found = stepwise(model, ids)
+    assert distance(found, before) > 1e-3
+    assert distance(found, at_once(model, ids)) < 1e-4
+
+
+@needs_native
+def test_a_global_hook_is_called(models: Models) -> None:
+    model, ids = models("llama"), tokens(1, 12)
+    stepwise(model, ids)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        stepwise(model, ids)
+    finally:
+        handle.remove()
+    assert sum(module is model.model.layers[0].mlp for module in seen) == 5
+
+
+@needs_native
+def test_gradients_arrive(models: Models) -> None:
+    model, ids = copy.deepcopy(models("llama")), tokens(1, 9)
+    gain = model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    found = []
+    for split in (0, 8):
+        past = model(ids[:, :split], use_cache=True).past_key_values if split else None
+        gain.grad = None
+        model(ids[:, split:], past_key_values=past).logits[:, -1].square().sum().backward()
+        assert gain.grad is not None
+        found.append(gain.grad)
+    assert distance(found[1], found[0]) < 1e-3
+
+
+@needs_native
+def test_what_the_embedding_gave_stays_and_its_gradient_arrives(models: Models) -> None:
+    model, ids = copy.deepcopy(models("llama")), tokens(1, 9)
+    with torch.no_grad():
+        past = model(ids[:, :8], use_cache=True).past_key_values
+    given: list[Tensor] = []
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda _, __, output: given.extend([output, output.clone()])
+    )
+    with torch.no_grad():
+        model(ids[:, 8:], past_key_values=past)
+    handle.remove()
+    assert torch.equal(*given)
+    past.crop(-1)
+    given.clear()
+
+    def wanted(_: nn.Module, __: Any, output: Tensor) -> None:
+        given.append(output.requires_grad_(True))
+
+    model.model.embed_tokens.register_forward_hook(wanted)
+    model(ids[:, 8:], past_key_values=copy.deepcopy(past)).logits.square().sum().backward()
+    assert len(given) == 1
+    assert given[0].grad is not None
+    assert given[0].grad.abs().max() > 0
+
+
+@needs_native
+def test_threads_share_a_cold_model(models: Models) -> None:
+    warm = models("llama")
+    prompts = [tokens(1, 6, seed) for seed in range(4)]
+
+    def text(model: PreTrainedModel, prompt: Tensor) -> list[int]:
+        generated: Tensor = model.generate(prompt, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+        return generated[0].tolist()
+
+    expected = [text(warm, prompt) for prompt in prompts]
+    cold, start = copy.deepcopy(warm), Barrier(4)
+
+    def begin(prompt: Tensor) -> list[int]:
+        start.wait()
+        return text(cold, prompt)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(begin, prompts)) == expected
 
 
 @needs_native

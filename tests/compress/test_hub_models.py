@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from runs import distance, logits, quick
 
 import compress
+from compress.bench import original
 from compress.source import GGUF_FILE
 
 Tiny = Callable[[str], Path]
@@ -69,6 +70,18 @@ def test_another_format_is_named_by_its_folder(hub: Hub, made: dict[str, Path], 
     assert distance(logits(compress.load(f"{NAME}/gptq")[0]), expected) < 1e-5
     assert {name for name in fetched() if "/" not in name} == {"report.json"}
     assert {name.partition("/")[0] for name in fetched()} == {"report.json", "gptq"}
+
+
+@pytest.mark.parametrize("folder", ["", "/gptq"])
+def test_the_original_of_an_artifact_is_in_its_report(hub: Hub, made: dict[str, Path], tiny: Tiny, folder: str) -> None:
+    on_the_hub(hub, made["gguf"])
+    assert original(NAME + folder).model == str(tiny("llama"))
+    assert fetched() == {"report.json", f"{folder.strip('/')}/config.json".lstrip("/")}
+    del hub.repos[NAME].files["report.json"]
+    with pytest.raises(InputError, match=r"ARTIFACT=jane/tiny-W4.*: is not an artifact: it has no report\.json"):
+        original(NAME + folder)
+    with pytest.raises(InputError, match=r"ARTIFACT=jane/other: neither a local path nor a model on the Hub"):
+        original("jane/other")
 
 
 def test_what_is_no_format_that_can_be_loaded(hub: Hub, made: dict[str, Path]) -> None:

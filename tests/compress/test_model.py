@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from models import CONFIGS, VOCAB, save_tiny, save_tiny_gguf
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compress import checkpoint as checkpoint_module
 from compress.checkpoint import SafetensorsCheckpoint
 from compress.gguf_reader import GgufCheckpoint
 from compress.model import ModelView, open_config, open_model, run_layer
@@ -178,6 +180,30 @@ def test_tied_config_with_two_different_matrices_is_untied_like_in_transformers(
     assert not view.config.tie_word_embeddings
     expected = AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits
     assert torch.equal(view.load_dense()(tokens()).logits, expected)
+    facts = open_config(str(folder))  # what a plan goes by
+    assert not facts.tied
+    assert facts.num_params == view.facts.num_params == open_config(str(tiny("mistral"))).num_params
+
+
+def test_a_tied_matrix_that_is_stored_twice_is_tied(tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert open_config(str(folder)).tied
+    assert open_model(str(folder)).tied
+
+
+def test_matrices_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "_ROWS", 2)
+    matrix = torch.arange(15.0).reshape(5, 3)
+    last = matrix.clone()
+    last[4, 2] += 1
+    tensors = {"a": matrix, "same": matrix.to(torch.bfloat16), "last": last, "wide": torch.zeros(5, 4)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opened = SafetensorsCheckpoint(tmp_path, "m")
+    found = {name: opened.differ("a", name) for name in ("a", "same", "last", "wide", "absent")}
+    assert found == {"a": False, "same": False, "last": True, "wide": True, "absent": False}
 
 
 def test_layers_are_the_callers(tiny: Tiny) -> None:

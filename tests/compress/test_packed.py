@@ -11,6 +11,8 @@ import pytest
 import torch
 from compress.calibrate.errors import InputError
 from compress.evalsuite.efficiency import HighWater, allocated
+from compress.kernels import native, triton_support
+from compress.kernels.quant_linear import quant_linear
 from models import CONFIGS, save_tiny
 from runs import distance, logits, quick, stored
 from safetensors.torch import save_file
@@ -20,7 +22,12 @@ from transformers import PreTrainedModel
 from compress.evaluate import evaluate
 from compress.memory import release
 from compress.options import EvalOptions
-from compress.runtime import PackedLinear, load
+from compress.runtime import PackedLinear, load, loading
+from compress.runtime.formats import packed_format
+from compress.runtime.linear import Compute
+from compress.runtime.loading import find
+from compress.runtime.packed import packed_folder
+from compress.runtime.stored import StoredTensors
 
 Tiny = Callable[[str], Path]
 Artifacts = Callable[..., Path]
@@ -178,6 +185,19 @@ def test_gradients_reach_the_inputs(artifacts: Artifacts) -> None:
     assert distance(*found) < 1e-4
 
 
+@pytest.mark.skipif(native.library() is None, reason="the C++ kernels aren't compiled here")
+def test_the_kernel_alone_has_no_gradient(artifacts: Artifacts) -> None:
+    layer = load(artifacts("llama"))[0].model.layers[0].mlp.up_proj
+    x = torch.randn(2, layer.in_features, requires_grad=True)
+    with pytest.raises(ValueError, match="quant_linear has no gradient on the path native-"):
+        quant_linear(x, layer.packed)
+    with torch.no_grad():
+        y = quant_linear(x, layer.packed)
+    torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(gradient, layer.dequantize().sum(dim=0).expand_as(x))
+
+
 def test_bfloat16(artifacts: Artifacts) -> None:
     packed, _ = load(artifacts("llama"), dtype=torch.bfloat16)
     dense, _ = load(artifacts("llama"), packed=False)
@@ -266,14 +286,73 @@ def test_a_flipped_bit_is_found(artifacts: Artifacts, tmp_path: Path, part: str)
         lambda block: block.update(kv_cache_scheme={"num_bits": 8}),
         lambda block: block["config_groups"]["group_0"]["weights"].update(type="float"),
         lambda block: block.update(quant_method="bitsandbytes"),
+        lambda block: block.update(transform_config={"config_groups": {"R4": {"type": "hadamard"}}}),
+        lambda block: block.update(sparsity_config={"format": "sparse-24-bitmask"}),
     ],
 )
 def test_formats_that_are_not_run_packed(artifacts: Artifacts, change: Callable[[dict[str, Any]], Any]) -> None:
-    from compress.runtime.formats import packed_format
-    from compress.runtime.stored import StoredTensors
-
-    folder = artifacts("llama")
-    block = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert packed_format(StoredTensors(folder), block) is not None
+    block = json.loads((artifacts("llama") / "config.json").read_text())["quantization_config"]
+    block.update(transform_config={}, sparsity_config={})  # as they are written where there is neither
+    assert packed_format(block) is not None
     change(block)
-    assert packed_format(StoredTensors(folder), block) is None
+    assert packed_format(block) is None
+
+
+def test_8_bit_floats_are_run_dense(tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "fp8")
+    dense, _ = load(folder)
+    tensors = stored(folder)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(dim=1, keepdim=True) / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    assert packed_folder(folder) is None
+    model, _ = load(folder)
+    assert 1e-5 < distance(logits(model), logits(dense)) < 0.2
+
+
+def test_other_number_types_are_read(tmp_path: Path) -> None:
+    kinds = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64)
+    save_file({str(kind): torch.arange(3).to(kind) for kind in kinds}, tmp_path / "model.safetensors")
+    tensors = StoredTensors(tmp_path)
+    for kind in kinds:
+        assert tensors.read(str(kind)).dtype == kind
+        assert tensors.read(str(kind)).tolist() == [0, 1, 2]
+
+
+def test_a_gpu_that_cannot_run_the_kernels(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise ValueError(f"{device} has compute capability 7.5")
+
+    held = packed_folder(artifacts("llama"))
+    assert held is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_support, "AVAILABLE", False)
+        with pytest.raises(InputError, match="--device=cuda: Triton isn't installed"):
+            held.load(Compute(), torch.device("cuda"))
+    monkeypatch.setattr(triton_support, "check", refuse)
+    with pytest.raises(InputError, match=r"--device=cuda:0: cuda:0 has compute capability 7\.5; use --device cpu"):
+        held.load(Compute(), torch.device("cuda:0"))
+    held.load(Compute(), torch.device("cpu"))
+
+
+def test_8_bit_activations_are_for_a_cpu(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    with pytest.raises(InputError, match="--activations=int8: runs on a CPU, not on cuda; use --device cpu"):
+        find(artifacts("llama")).open(Compute(activations="int8"), gpu)
+    monkeypatch.setattr(loading, "pick_device", lambda name: gpu)
+    with pytest.raises(InputError, match="--activations=int8"):
+        load("no such model", activations="int8")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compress.kernels import native
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("calibrate", "cli", "compress", "evalsuite", "kernels")
@@ -16,7 +17,7 @@ USE = """
 import pkgutil, sys
 from importlib.resources import files
 from pathlib import Path
-import compress, compress.kernels.hadamard, compress.kernels.packing
+import compress, compress.kernels.hadamard, compress.kernels.native, compress.kernels.packing
 from compress.cli.main import main
 from compress.recipe import Recipe
 here = Path(sys.argv[1])
@@ -26,6 +27,8 @@ assert {"rtn", "gptq", "rsq", "rsq-paper"} <= set(Recipe.shipped())
 assert "front_matter" in (files("compress.artifact") / "card.md.j2").read_text()
 assert all((files("compress.evalsuite.report") / name).is_file() for name in ("page.html.j2", "page.css"))
 assert (files("compress") / "py.typed").is_file()
+assert (files("compress.kernels.native") / "quant_linear.cpp").is_file()
+assert compress.kernels.native.library() is not None
 print("\\n".join(module.name for module in pkgutil.walk_packages(compress.__path__, "compress.")))
 """
 
@@ -35,6 +38,9 @@ def run(*command: object, **kwargs: object) -> str:
     done = subprocess.run(line, capture_output=True, text=True, check=False, **kwargs)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
     return str(done.stdout)
+
+
+BUILDS = {f"compress.kernels.native._{name}" for name in native.BUILDS}  # on x86 with a compiler, as tests run
 
 
 def modules() -> set[str]:
@@ -53,7 +59,7 @@ def test_the_wheel_works_from_elsewhere(tmp_path: Path) -> None:
     source.mkdir()
     elsewhere.mkdir()
     for room in ROOMS:  # a copy, because a build leaves its folders behind
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
@@ -63,7 +69,7 @@ def test_the_wheel_works_from_elsewhere(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(target)}
     environment.pop("PYTHONSAFEPATH", None)
     told = run(sys.executable, "-c", USE, target, cwd=elsewhere, env=environment)
-    assert set(told.split()) == modules()
+    assert set(told.split()) == modules() | BUILDS
     assert (target / "optimum" / "commands" / "register" / "register_compress.py").is_file()
     listed = run(sys.executable, target / "bin" / "compress", "recipes", cwd=elsewhere, env=environment)
     assert "rsq-paper" in listed

@@ -104,6 +104,14 @@ def test_agreement_on_another_text_is_not_compared() -> None:
     assert differs == ("tokens of the text: cdcdcdcdcdcd, not abababababab",)
 
 
+def test_long_texts_have_a_panel_for_the_original_and_each_artifact() -> None:
+    titles = [title.text() for title in section(page(full_report(), other_report()), "needles").all("title")]
+    panels = [
+        {title for title in titles if title.startswith(f"{name}, Passkey, ")} for name in ("Original", "art-0", "art-1")
+    ]
+    assert all(len(panel) == len(panels[0]) > 1 for panel in panels)
+
+
 def test_another_original_is_no_baseline() -> None:
     other = other_report()
     other["eval"]["rows"][0]["before"] = 21.0
