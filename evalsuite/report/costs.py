@@ -148,7 +148,7 @@ def size(report: Mapping[str, Any]) -> Section | None:
         )
     )
     head = ("Weights", "Size", "Smaller than 16 bits by")
-    blocks.append(Table("Bytes of the weights on disk", head, rows, frozenset({1, 2})))
+    blocks.append(Table("Bytes of the weights on disk", head, rows, frozenset({1, 2}), stacked=True))
     return Section(
         "size", "Size on disk", "Size", "How large the weights are as files; smaller is better.", tuple(blocks)
     )

@@ -26,6 +26,7 @@ Ticks = tuple[str, Callable[[float], str]]
 """The name of an axis, and how its numbers are written."""
 
 _EM = 0.58  # mean width of a character, in font sizes
+_BOLD = 1.2  # of the width of bold characters to that of others
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def bars(width: int, items: Sequence[Bar]) -> Drawing:
     above = width < WIDE and longest > 21
     step = 46 if above else 26
     left = 2 if above else _text_width(longest) + 10
-    room = width - left - _text_width(max(len(item.text) for item in items)) - 12
+    room = width - left - _BOLD * _text_width(max(len(item.text) for item in items)) - 12
     top = max(item.value for item in items) or 1.0
     figure, axes = _pixels(width, step * len(items) + 4)
     boxes = []
@@ -117,10 +118,12 @@ def grids(
     """
     left = _text_width(max(max(map(len, rows), default=1), len(axis_names[0]))) + 12
     widest = _text_width(max(map(len, columns), default=1)) + 4
-    least = max(38.0, widest) if len(panels) > 1 else 0.0
+    titled = 4 + _BOLD * _text_width(max(len(title) for title, _ in panels)) - left
+    room = max(titled, _text_width(len(axis_names[1])))  # what stands above the cells
+    least = max(38.0, widest, room / len(columns)) if len(panels) > 1 else 0.0
     beside = min(len(panels), max(1, int((width + 20) / (left + least * len(columns) + 20))))
     gap = 20.0 if beside > 1 else 0.0
-    cell = min(((width + gap) / beside - gap - left - 2) / len(columns), 60.0 if len(panels) > 1 else 88.0)
+    cell = min(((width + gap) / beside - gap - left - 2) / len(columns), max(60.0, least) if len(panels) > 1 else 88.0)
     height = 26.0 if len(rows) <= 12 else 19.0
     top = 24.0 + 18 * bool(axis_names[1]) + 24 * any(title for title, _ in panels)
     share, band = left + cell * len(columns) + gap + 2, top + height * len(rows) + 8

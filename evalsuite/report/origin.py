@@ -88,10 +88,23 @@ def _model(report: Mapping[str, Any]) -> dict[str, str]:
         if model.get("parameters") and model.get("layers")
         else None,
         "Recipe": dig(report, "recipe", "name"),
-        "What it does": dig(report, "recipe", "description"),
+        "The recipe's own words": dig(report, "recipe", "description"),
+        "Weights": _weights(report),
         "Rotation": _rotation(report),
     }
     return {key: str(value) for key, value in entries.items() if value}
+
+
+def _weights(report: Mapping[str, Any]) -> str | None:
+    """What this run asked for, which need not be what the recipe's description says."""
+    asked = dig(report, "recipe", "weights") or {}
+    size = dig(report, "weights", "group_size") or asked.get("group_size")
+    parts = [f"{asked['bits']} bits" if asked.get("bits") else "", f"group size {size}" if size else ""]
+    if "symmetric" in asked:
+        parts.append("symmetric" if asked["symmetric"] else "asymmetric")
+    if others := asked.get("overrides"):
+        parts.append(f"except {'; '.join(f'{pattern}: {bits}' for pattern, bits in others.items())}")
+    return ", ".join(part for part in parts if part) or None
 
 
 def _rotation(report: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.artifact import check as reload_check
 from compress.artifact import export
+from compress.bench import original
 from compress.events import LayerDone, LayerStarted, ModuleDone, StageDone, StageStarted
 from compress.options import RunOptions
 from compress.pipeline import plan, run
@@ -91,6 +92,21 @@ def test_settings(tiny: Tiny, tmp_path: Path, text: Path, name: str, recipe: str
     assert planned.artifact_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert planned.artifact_bytes == pytest.approx(result.report["artifact"]["weight_bytes"], rel=0.02, abs=20_000)
     assert planned.estimates["weights"].facts["group_size"] == weights["group_size"]
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "rsq"])
+def test_a_head_of_its_own_under_a_config_that_says_tied(tiny: Tiny, tmp_path: Path, text: Path, recipe: str) -> None:
+    model = shutil.copytree(tiny("llama_untied"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    result = quick(model, recipe, tmp_path / "out", text)
+    assert check(result)["tie_word_embeddings"] is False
+    assert result.report["weights"]["untied"] is False
+    tensors = stored(result.out)
+    planned = plan(str(model), recipe, options(recipe, text))
+    assert "untied head" in planned.lines()[0]
+    assert planned.artifact_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert original(result.out).model == str(model)
 
 
 def test_overrides_hold_where_they_match(tiny: Tiny, tmp_path: Path, text: Path) -> None:

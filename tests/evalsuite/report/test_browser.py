@@ -29,8 +29,8 @@ CHARTS = """() => [...document.querySelectorAll('figure.chart')].map(figure => {
       texts: texts.length,
       scale: box.width / svg.viewBox.baseVal.width,
       size: Math.min(...[...svg.querySelectorAll('text')].map(text => parseFloat(getComputedStyle(text).fontSize))),
-      outside: texts.filter(text => text.left < box.left - 3 || text.right > box.right + 3
-        || text.top < box.top - 3 || text.bottom > box.bottom + 3).length,
+      outside: texts.filter(text => text.left < box.left - 1 || text.right > box.right + 1
+        || text.top < box.top - 1 || text.bottom > box.bottom + 1).length,
     };
   });
 })"""

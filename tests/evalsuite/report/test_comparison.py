@@ -104,6 +104,14 @@ def test_agreement_on_another_text_is_not_compared() -> None:
     assert differs == ("tokens of the text: cdcdcdcdcdcd, not abababababab",)
 
 
+def test_other_bits_are_told_where_the_recipe_is_the_same() -> None:
+    other = full_report()
+    other["recipe"]["weights"] |= {"bits": 4, "overrides": {"down_proj$": 8}}
+    found = section(page(full_report(), other), "origin")
+    told = "4 bits, group size 64, symmetric, except down_proj$: 8"
+    assert table_rows(found) == [["Weights", "3 bits, group size 64, symmetric", told]]
+
+
 def test_long_texts_have_a_panel_for_the_original_and_each_artifact() -> None:
     titles = [title.text() for title in section(page(full_report(), other_report()), "needles").all("title")]
     panels = [

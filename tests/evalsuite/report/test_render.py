@@ -174,6 +174,7 @@ def test_how_it_was_made(page: Element) -> None:
         assert text in told
     assert "16 windows of 1,024 tokens, 16,384 in all" in told
     assert "10 min 11 s" in told
+    assert "Weights 3 bits, group size 64, symmetric" in told
 
 
 def test_every_chart_and_table_has_a_name(page: Element) -> None:
