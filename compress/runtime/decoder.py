@@ -11,9 +11,11 @@ what it inherits. Attention isn't part of the fused steps: it reads what the cac
 ``attn_implementation`` names. That of ``sdpa`` alone is replaced by ours, for the same keys, values and mask.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -36,6 +38,8 @@ GATES: Mapping[str, Literal["silu", "gelu_tanh"]] = MappingProxyType(
 )
 MOST_ROWS = 8  # sequences that answer at once; more are faster as a matrix product
 _SLIDING = "sliding_attention"
+_HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
+_WANTS_GRADIENT = operator.attrgetter("requires_grad")
 _MASKS: dict[str, Callable[..., Tensor | None]] = {
     "full_attention": create_causal_mask,
     _SLIDING: create_sliding_window_causal_mask,
@@ -92,40 +96,51 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a decoder, and what they were made of.
+    """The steps of a decoder, and what they were made of; looked at for every token, hence flat and without loops.
 
     Attributes:
-        modules: every module that the steps stand for: where it is held, by which name, itself and its class.
-        tensors: of these modules, in the same way, with their addresses.
+        places: the dictionaries that hold the modules and tensors that the steps stand for.
+        names: of each in its place.
+        held: what was there.
+        modules: those of ``held`` that are modules.
+        kinds: their classes.
+        attributes: their own dictionaries.
+        tensors: those of ``held`` that are tensors.
+        addresses: of their data.
         steps: by layer, or None where one can't be fused.
     """
 
-    modules: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
-    tensors: tuple[tuple[dict[str, Any], str, Tensor | None, int], ...]
+    places: tuple[dict[str, Any], ...]
+    names: tuple[str, ...]
+    held: tuple[nn.Module | Tensor | None, ...]
+    modules: tuple[nn.Module, ...]
+    kinds: list[type]
+    attributes: tuple[dict[str, Any], ...]
+    tensors: tuple[Tensor, ...]
+    addresses: list[int]
     steps: tuple[Step, ...] | None
 
     def current(self) -> bool:
         """Whether the decoder still holds what the steps were made of."""
-        for held, name, part, kind in self.modules:
-            if held.get(name) is not part or type(part) is not kind:
-                return False
-        for held, name, tensor, address in self.tensors:
-            if held.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
-                return False
-        return True
+        return (
+            all(map(operator.is_, map(dict.get, self.places, self.names), self.held))
+            and list(map(type, self.modules)) == self.kinds
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+        )
 
     def patched(self) -> bool:
         """Whether a module does more than its class says: a hook, or a ``forward`` of its own."""
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return True
-        return any(
-            part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
-            for _, _, part, _ in self.modules
+        return bool(
+            torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or any(map(_HOOKS, self.attributes))
+            or any(map(_PRE_HOOKS, self.attributes))
+            or any(map(dict.__contains__, self.attributes, repeat("forward")))
         )
 
     def trained(self) -> bool:
         """Whether a tensor of the layers wants a gradient."""
-        return any(tensor is not None and tensor.requires_grad for _, _, tensor, _ in self.tensors)
+        return any(map(_WANTS_GRADIENT, self.tensors))
 
 
 class FusedDecoder(nn.Module):
@@ -252,17 +267,15 @@ def _plan(decoder: FusedDecoder) -> Plan:
     for layer in layers.values():
         for parent in (layer, *layer._modules.values()):
             places += [(parent._modules, name) for name, part in parent._modules.items() if part is not None]
-    modules = tuple((parts, name, parts[name], type(parts[name])) for parts, name in places)
-    tensors = tuple(
-        (own, name, tensor, 0 if tensor is None else tensor.data_ptr())
-        for _, _, part, _ in modules
-        for own in (part._parameters, part._buffers)
-        for name, tensor in own.items()
-    )
-    steps = (
-        _steps(decoder) if all(tensor is None or tensor.device.type == "cpu" for _, _, tensor, _ in tensors) else None
-    )
-    return Plan(modules, tensors, steps)
+    modules = tuple(parts[name] for parts, name in places)
+    kinds = [type(part) for part in modules]
+    places += [(own, name) for part in modules for own in (part._parameters, part._buffers) for name in own]
+    found = tuple(own[name] for own, name in places)
+    tensors = tuple(part for part in found if isinstance(part, Tensor))
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    steps = _steps(decoder) if all(tensor.device.type == "cpu" for tensor in tensors) else None
+    holders, names = zip(*places, strict=True)
+    return Plan(holders, names, found, modules, kinds, tuple(map(vars, modules)), tensors, addresses, steps)
 
 
 def _steps(decoder: FusedDecoder) -> tuple[Step, ...] | None:

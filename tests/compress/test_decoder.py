@@ -113,7 +113,7 @@ def test_fused_steps_are_the_plain_way(models: Models, name: str) -> None:
 
 @needs_native
 def test_where_the_plain_way_is_taken(models: Models) -> None:
-    model, ids = models("llama"), tokens(2, 12)
+    model, ids = copy.deepcopy(models("llama")), tokens(2, 12)  # hidden states leave hooks
     expected = at_once(model, ids)
 
     def plain_calls(**kwargs: Any) -> int:
@@ -204,7 +204,9 @@ EXCHANGES = (exchange_activation, exchange_attention, exchange_class, patch_forw
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_every_exchange_is_seen(models: Models, exchange: Callable[[PreTrainedModel], None]) -> None:
     model, ids = copy.deepcopy(models("llama")), tokens(1, 12)
-    before = stepwise(model, ids)
+    with counted(model) as plain:
+        before = stepwise(model, ids)
+    assert plain == [8]
     exchange(model)
     found = stepwise(model, ids)
     assert distance(found, before) > 1e-3
