@@ -48,14 +48,17 @@ def packed_tensors(
 
 def dequantized(tensors: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
     """The inverse: the weight ``[rows, columns]`` float32 that a reader computes in float32."""
-    rows, columns = tensors[f"{name}.weight_shape"].tolist()
     scale = tensors[f"{name}.weight_scale"].float()
-    codes = unpack(tensors[f"{name}.weight_packed"], bits, columns).float() - 2 ** (bits - 1)
-    groups = codes.view(rows, scale.shape[1], -1)
+    return (centred_codes(tensors, name, bits) * scale.unsqueeze(-1)).flatten(1)
+
+
+def centred_codes(tensors: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
+    """What the scales of a matrix multiply: codes less zero points, float32 ``[rows, groups, columns a group]``."""
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    groups = tensors[f"{name}.weight_scale"].shape[1]
+    codes = unpack(tensors[f"{name}.weight_packed"], bits, columns).float().view(rows, groups, -1)
     zeros = tensors.get(f"{name}.weight_zero_point")
-    if zeros is not None:
-        groups = groups - (unpack_columns(zeros, bits, rows).float() - 2 ** (bits - 1)).unsqueeze(-1)
-    return (groups * scale.unsqueeze(-1)).view(rows, columns)
+    return codes - (2 ** (bits - 1) if zeros is None else unpack_columns(zeros, bits, rows).float().unsqueeze(-1))
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ the solver (weights/gptq.py). A finished layer leaves its tensors, and the input
 """
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from compress.weights.grid import Grid
 from compress.weights.layer import Quantized, Streams, Work, quantize_layer
 from compress.weights.observe import Pieces
 from compress.weights.rotation import Rotations, describe, make_rotations, rotate_layer, rotate_rows, unties
-from compress.weights.tuning import Parts
+from compress.weights.tuning import Parts, rms_norm
 from compress.weights.tuning_run import Tuned, tune
 
 PROBE_TOKENS = 64  # of the reload check
@@ -240,8 +240,8 @@ class _Run:
     def _result(self, tuned: Tuned | None) -> Result:
         parts = self._parts()
         hidden = self._hidden(self.job.view.num_layers)[0][:PROBE_TOKENS]
-        if tuned is not None and tuned.report["kept"]:
-            parts = replace(parts, layers=tuned.layers, norm=tuned.norm)
+        if tuned is not None and tuned.parts != parts:
+            parts = tuned.parts
             hidden = self._last_hidden(parts)
         return Result(
             parts=[parts.embed, *parts.layers, parts.norm, *([parts.head] if parts.head != parts.embed else [])],
@@ -270,15 +270,9 @@ class _Run:
     def _logits(self, hidden: Tensor, parts: Parts) -> Tensor:
         """The quantized model's answer to the probe: the last hidden states, final norm, head."""
         view = self.job.view
-        hidden = hidden.double()
         gain = load_file(parts.norm)[f"{view.family.final_norm}.weight"].double()
-        normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + view.config.rms_norm_eps) * gain
-        tensors = load_file(parts.head)
-        if self.head_bits == 8:
-            head = dequantized(tensors, view.family.head, 8)
-        else:
-            head = next(iter(tensors.values())).float()
-        return normed.float() @ head.t()
+        normed = rms_norm(hidden.double(), gain, view.config.rms_norm_eps)
+        return normed.float() @ parts.head_weight(view.family.head).t()
 
     def _report(self) -> dict[str, Any]:
         residual, heads = describe(self.job.view.facts, self.settings)

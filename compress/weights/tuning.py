@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from compress.artifact.compressed_tensors import centred_codes, dequantized
 from compress.calibrate.stream import ActivationFile
 from compress.calibrate.workers import Workers
-from compress.kernels.packing import unpack, unpack_columns
 from compress.model import ModelView, run_layer
 from compress.weights.learned import Learned
 
@@ -47,6 +47,13 @@ class Parts:
     norm: Path
     head: Path
     bits: Mapping[str, int]
+
+    def head_weight(self, name: str) -> Tensor:
+        """The output head ``[vocab, hidden]`` float32; ``name`` is its module's."""
+        tensors = load_file(self.head)
+        if name in self.bits:
+            return dequantized(tensors, name, self.bits[name])
+        return next(iter(tensors.values())).float()
 
 
 class Tuner:
@@ -76,7 +83,7 @@ class Tuner:
         self.batch = min(batch, len(ids))
         self.embed = next(iter(load_file(parts.embed).values()))
         self.norm_name, self.norm = self._final_norm()
-        self.head = self._head().to(device)
+        self.head = parts.head_weight(view.family.head).to(device)
         self.dense_head = view.head_weight().to(device)
         length, width = ids.shape[1], view.config.hidden_size
         self.targets = ActivationFile(folder / "targets.bin", (len(ids), length, width))
@@ -113,7 +120,7 @@ class Tuner:
             self._through(layer, index, targets, targets)
         gain = view.final_norm_weight()
         for i in range(len(self.ids)):
-            self.targets[i] = _rms_norm(self.targets[i], gain, view.config.rms_norm_eps)
+            self.targets[i] = rms_norm(self.targets[i], gain, view.config.rms_norm_eps)
 
     def divergence(self, learned: Learned, windows: range) -> float:
         """Mean KL from the dense model over some windows, in nats a token."""
@@ -197,7 +204,7 @@ class Tuner:
             short = name.removeprefix(prefix)
             if name.endswith(".weight_scale"):
                 module = name.removesuffix(".weight_scale")
-                codes = self._codes(tensors, module).to(self.device)
+                codes = centred_codes(tensors, module, self.parts.bits[module]).to(self.device)
                 scale = tensor.float().to(self.device)
                 weight = codes * (scale * self._factor(learned, name)).unsqueeze(-1)
                 weights[short.removesuffix("_scale")] = weight.flatten(1)
@@ -222,7 +229,7 @@ class Tuner:
         with torch.set_grad_enabled(gradient):
             if gradient:
                 hidden, gain = hidden.requires_grad_(), gain.detach().requires_grad_()
-            normed = _rms_norm(hidden, gain, self.view.config.rms_norm_eps)
+            normed = rms_norm(hidden, gain, self.view.config.rms_norm_eps)
         leaf = normed.detach().requires_grad_(gradient)
         back = torch.zeros_like(leaf)
         total = 0.0
@@ -248,22 +255,6 @@ class Tuner:
     def _final_norm(self) -> tuple[str, Tensor]:
         name, norm = next(iter(load_file(self.parts.norm).items()))
         return name, norm.float().to(self.device)
-
-    def _head(self) -> Tensor:
-        tensors, name = load_file(self.parts.head), self.view.family.head
-        if name not in self.parts.bits:
-            return next(iter(tensors.values())).float()
-        scale = tensors[f"{name}.weight_scale"].float()
-        return (self._codes(tensors, name) * scale.unsqueeze(-1)).flatten(1)
-
-    def _codes(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-        """``code - zero`` of a packed matrix, float32 ``[rows, groups, columns a group]``."""
-        bits = self.parts.bits[name]
-        rows, columns = tensors[f"{name}.weight_shape"].tolist()
-        groups = tensors[f"{name}.weight_scale"].shape[1]
-        codes = unpack(tensors[f"{name}.weight_packed"], bits, columns).float().view(rows, groups, -1)
-        zeros = tensors.get(f"{name}.weight_zero_point")
-        return codes - (2 ** (bits - 1) if zeros is None else unpack_columns(zeros, bits, rows).float().unsqueeze(-1))
 
     def _slot(self, index: int, slot: int) -> Tensor:
         length = self.ids.shape[1]
@@ -291,5 +282,6 @@ def _scale_chain(codes: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: (gradient.view_as(codes) * codes).sum(-1) * scale
 
 
-def _rms_norm(hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
+def rms_norm(hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """``gain * x / sqrt(mean(x^2) + eps)`` over the last dimension, in the dtype of ``hidden``."""
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * gain

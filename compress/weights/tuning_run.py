@@ -28,25 +28,17 @@ class Tuned:
     """The outcome.
 
     Attributes:
-        layers: the files of the layers that belong in the artifact.
-        norm: the final norm's.
+        parts: the files that belong in the artifact; those that were given, if what was learnt isn't kept.
         report: the report's section.
     """
 
-    layers: list[Path]
-    norm: Path
+    parts: Parts
     report: dict[str, Any]
 
 
 def held_out_windows(windows: int) -> int:
     """How many windows aren't learnt from; none if there is only one."""
     return 0 if windows == 1 else max(1, windows // HELD_OUT)
-
-
-def steps_of(settings: Weights, windows: int) -> int:
-    """Steps of the whole pass."""
-    training = windows - held_out_windows(windows)
-    return settings.tune_epochs * -(-training // settings.tune_batch)
 
 
 def tune(job: Job, settings: Weights, parts: Parts, ids: Tensor, workers: Workers) -> Tuned:
@@ -66,7 +58,7 @@ def tune(job: Job, settings: Weights, parts: Parts, ids: Tensor, workers: Worker
 
 
 class _Tuning:
-    """One tuning pass and its state ``{"step", "kl", "seconds", "held_out": [before, after] | None, "finished"}``."""
+    """One tuning pass; its state holds the finished steps, their KL, and the held-out KL ``before`` and ``after``."""
 
     def __init__(self, job: Job, settings: Weights, parts: Parts, ids: Tensor, workers: Workers) -> None:
         self.job, self.settings, self.parts, self.ids, self.workers = job, settings, parts, ids, workers
@@ -83,7 +75,7 @@ class _Tuning:
 
     def learn(self) -> None:
         """All steps that are left, each kept when it is done."""
-        started, total = time.perf_counter(), steps_of(self.settings, len(self.ids))
+        started, total = time.perf_counter(), self.settings.tune_epochs * self._per_epoch
         self.job.emit(StageStarted("tuning", total, "steps"))
         tuner = Tuner(
             self.job.view, self.parts, self.job.device, self.workers, self.folder, self.ids, self.settings.tune_batch
@@ -110,8 +102,7 @@ class _Tuning:
 
     def _windows(self, step: int) -> list[int]:
         """The windows of a step: every epoch goes through all of them in an order of its own."""
-        per_epoch = -(-len(self.training) // self.settings.tune_batch)
-        epoch, place = divmod(step, per_epoch)
+        epoch, place = divmod(step, self._per_epoch)
         generator = torch.Generator().manual_seed(self.job.report["seed"] * 1000 + epoch)
         order = torch.randperm(len(self.training), generator=generator).tolist()
         return order[place * self.settings.tune_batch : (place + 1) * self.settings.tune_batch]
@@ -131,10 +122,20 @@ class _Tuning:
         (name, norm), *_ = load_file(self.parts.norm).items()
         self.job.folder.save_tensors(_tuned(self.parts.norm).name, {name: learned.apply(name, norm)})
         if self.held:  # with what the files hold, rounded to their types
-            tuner.use(replace(self.parts, layers=[_tuned(p) for p in self.parts.layers], norm=_tuned(self.parts.norm)))
+            tuner.use(self._tuned_parts)
             self.state["after"] = tuner.divergence(Learned.nothing(), self.held)
         self.state["finished"] = True
         self.job.folder.save()
+
+    @property
+    def _per_epoch(self) -> int:
+        """Steps an epoch."""
+        return -(-len(self.training) // self.settings.tune_batch)
+
+    @property
+    def _tuned_parts(self) -> Parts:
+        layers = [_tuned(path) for path in self.parts.layers]
+        return replace(self.parts, layers=layers, norm=_tuned(self.parts.norm))
 
     @property
     def _kept(self) -> bool:
@@ -150,10 +151,8 @@ class _Tuning:
 
     def outcome(self) -> Tuned:
         """The files to use, and what the report says."""
-        chosen = _tuned if self._kept else (lambda path: path)
-        kl = self.state["kl"]
-        per_epoch = max(1, len(kl) // self.settings.tune_epochs)
-        epochs = [sum(kl[i : i + per_epoch]) / len(kl[i : i + per_epoch]) for i in range(0, len(kl), per_epoch)]
+        kl, size = self.state["kl"], self._per_epoch
+        epochs = [sum(kl[i : i + size]) / size for i in range(0, len(kl), size)]
         report = {
             "epochs": self.settings.tune_epochs,
             "learning_rate": self.settings.tune_lr,
@@ -165,7 +164,7 @@ class _Tuning:
             "kept": self._kept,
             "seconds": round(self.state["seconds"], 1),
         }
-        return Tuned([chosen(path) for path in self.parts.layers], chosen(self.parts.norm), report)
+        return Tuned(self._tuned_parts if self._kept else self.parts, report)
 
 
 def _tuned(path: Path) -> Path:

@@ -3,7 +3,7 @@
 import torch
 from compress.kernels import flash_decode as op
 from compress.kernels.flash_decode import reference, triton
-from compress.kernels.flash_prefill.spec import case
+from compress.kernels.flash_prefill.spec import case, compiled_arguments
 from compress.kernels.flash_prefill.spec import exact as exact_rows
 from compress.kernels.proofs import Compiled, Limits, OpSpec
 from compress.kernels.triton_support import Launch
@@ -34,11 +34,7 @@ CASES = (
 
 def _compiled(width: int, dtype: torch.dtype, part: int, limits: Limits, narrowed: bool = False) -> Compiled:
     def launch() -> Launch:
-        q = torch.empty(1, 32, 1, width, dtype=dtype, device="meta")
-        k = torch.empty(1, 8, 32768, width, dtype=dtype, device="meta")
-        bounds = torch.empty(1, 2, dtype=torch.int32, device="meta")
-        reach = torch.empty(8, 2, dtype=torch.int32, device="meta")
-        return triton.launches(q, k, k, None, *((bounds, reach) if narrowed else (None, None)))[1][part]
+        return triton.launches(*compiled_arguments(1, 32768, width, dtype, narrowed))[1][part]
 
     name = f"{('split', 'merge')[part]}-d{width}-{str(dtype).removeprefix('torch.')}{'-narrowed' if narrowed else ''}"
     return Compiled(name, launch, limits)

@@ -70,13 +70,22 @@ CASES = (
 )
 
 
+def compiled_arguments(
+    rows: int, keys: int, width: int, dtype: torch.dtype, narrowed: bool
+) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None, Tensor | None]:
+    """What a configuration is compiled for, on no device: 32 heads, 8 KV heads, with bounds and reach or without."""
+    q = torch.empty(1, 32, rows, width, dtype=dtype, device="meta")
+    k = torch.empty(1, 8, keys, width, dtype=dtype, device="meta")
+    if not narrowed:
+        return q, k, k, None, None, None
+    bounds = torch.empty(1, 2, dtype=torch.int32, device="meta")
+    reach = torch.empty(8, 2, dtype=torch.int32, device="meta")
+    return q, k, k, None, bounds, reach
+
+
 def _compiled(width: int, dtype: torch.dtype, narrowed: bool, limits: Limits) -> Compiled:
     def launch() -> Launch:
-        q = torch.empty(1, 32, 4096, width, dtype=dtype, device="meta")
-        k = torch.empty(1, 8, 4096, width, dtype=dtype, device="meta")
-        bounds = torch.empty(1, 2, dtype=torch.int32, device="meta")
-        reach = torch.empty(8, 2, dtype=torch.int32, device="meta")
-        return triton.launches(q, k, k, None, *((bounds, reach) if narrowed else (None, None)))[1]
+        return triton.launches(*compiled_arguments(4096, 4096, width, dtype, narrowed))[1]
 
     name = f"d{width}-{str(dtype).removeprefix('torch.')}{'-narrowed' if narrowed else ''}"
     return Compiled(name, launch, limits)
