@@ -3,7 +3,7 @@
 from typing import Any
 
 import click
-from compress.cli.params import Counts, activations_option, json_option, machine_options, show
+from compress.cli.params import Counts, activations_option, json_option, machine_options, show, threads_option
 
 from compress.options import BenchOptions
 
@@ -49,10 +49,19 @@ from compress.options import BenchOptions
 @click.option(
     "--no-save", is_flag=True, help="Leave the artifact's report as it is, as with any baseline but its original."
 )
+@click.option(
+    "--kv",
+    is_flag=False,
+    flag_value="own",
+    metavar="[RECIPE|PLAN]",
+    help="Count the KV cache only, beside other ways to keep it: the artifact's own, or a recipe's or plan's for any"
+    " model. Runs nothing; takes --lengths.",
+)
 @activations_option
+@threads_option
 @machine_options
 @json_option
-def bench_command(artifact: str, against: str, no_save: bool, as_json: bool, **options: Any) -> None:
+def bench_command(artifact: str, against: str, no_save: bool, kv: str | None, as_json: bool, **options: Any) -> None:
     """Measure ARTIFACT beside its original in one run, and add the figures to its report.
 
     Weight bytes on disk and in memory, peak memory, time to first token, tokens a second, bytes of the KV cache; each
@@ -60,7 +69,11 @@ def bench_command(artifact: str, against: str, no_save: bool, as_json: bool, **o
 
     \b
     compress bench out/SmolLM2-W4-g64 --against dense
+    compress bench out/SmolLM2-KV --kv
     """
+    if kv is not None:
+        _bench_kv(artifact, kv, options["lengths"], no_save, as_json)
+        return
     bench_options = BenchOptions(**options)
     from compress.cli.console import Console
     from compress.evalsuite.efficiency import table
@@ -76,3 +89,14 @@ def bench_command(artifact: str, against: str, no_save: bool, as_json: bool, **o
             err=True,
         )
     show(table(section), section, as_json)
+
+
+def _bench_kv(artifact: str, kv: str, lengths: tuple[int, ...] | None, no_save: bool, as_json: bool) -> None:
+    """Storage only; what isn't the artifact's own cache has no place in its report."""
+    from compress.bench_kv import OWN, bench_kv, kv_table, save_kv
+
+    section = bench_kv(artifact, kv, lengths)
+    if kv == OWN and not no_save:
+        report = save_kv(artifact, section)
+        click.echo("not saved: no artifact" if report is None else f"saved in {report}", err=True)
+    show(kv_table(section), section, as_json)

@@ -15,6 +15,7 @@ from compress.cli.params import (
     machine_options,
     show,
     task_path_option,
+    threads_option,
 )
 
 from compress.options import LARGEST_SEED, EvalOptions
@@ -83,6 +84,18 @@ _OPTIONS = (
         help="Of these questions.",
     ),
     click.option(
+        "--kv-prompt",
+        type=click.IntRange(min=1),
+        help="Of a window, what fills a compressed KV cache unscored.  [default: half]",
+    ),
+    click.option(
+        "--kv-chunk",
+        type=click.IntRange(min=1),
+        default=EvalOptions.kv_chunk,
+        show_default=True,
+        help="Tokens at once behind it.",
+    ),
+    click.option(
         "--batch-size",
         type=click.IntRange(min=1),
         default=EvalOptions.batch_size,
@@ -119,6 +132,7 @@ def eval_options(command: F) -> F:
 )
 @click.option("--packed", is_flag=True, help="Score an artifact as it is run, over packed weights, not unpacked.")
 @activations_option
+@threads_option
 @click.option("--log-samples", is_flag=True, help="With --output DIR: every question with its answer, too.")
 @machine_options
 @json_option

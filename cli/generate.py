@@ -3,7 +3,7 @@
 from typing import Any
 
 import click
-from compress.cli.params import activations_option, machine_options
+from compress.cli.params import activations_option, kv_option, machine_options, threads_option
 
 from compress.options import GenerateOptions
 
@@ -30,6 +30,8 @@ from compress.options import GenerateOptions
 )
 @click.option("--chat/--no-chat", default=None, help="Use the chat template [default: if the model has one].")
 @activations_option
+@threads_option
+@kv_option
 @machine_options
 def generate_command(model: str, prompt: str, **options: Any) -> None:
     """Generate text with the model or artifact in DIR (a Hub id works too), as it is made."""

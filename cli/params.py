@@ -110,6 +110,19 @@ activations_option = click.option(
     show_default=True,
     help="What packed layers multiply on a CPU; int8 is faster and less exact.",
 )
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Of packed layers on a CPU for up to 8 tokens; longer prompts take as many as PyTorch has.",
+)
+kv_option = click.option(
+    "--kv/--no-kv",
+    default=True,
+    show_default=True,
+    help="Pack the KV cache as an artifact's plan says.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 _RECIPE_OPTIONS = (

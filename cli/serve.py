@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from compress.cli.params import activations_option, machine_options
+from compress.cli.params import activations_option, kv_option, machine_options, threads_option
 
 from compress.options import ServeOptions
 
@@ -52,6 +52,8 @@ from compress.options import ServeOptions
     help="Time that running requests have left after Ctrl-C or SIGTERM.",
 )
 @activations_option
+@threads_option
+@kv_option
 @machine_options
 def serve_command(model: str, **options: Any) -> None:
     """Serve the model or artifact in DIR (a Hub id works too) as an OpenAI-compatible API."""

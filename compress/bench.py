@@ -267,6 +267,7 @@ def _settings(options: BenchOptions, device: torch.device, contexts: list[int]) 
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         activations=options.activations,
+        packed_threads=options.threads,
     )
     settings.check(context)
     return settings

@@ -61,6 +61,7 @@ class Settings:
     seed: int
     trust_remote_code: bool
     activations: Literal["float", "int8"] = "float"
+    packed_threads: int = 1
 
     def check(self, context: int | None) -> None:
         """Compare with a model's context.
@@ -153,10 +154,13 @@ class OpenSide:
         if callable(source):
             model = source().to(device).eval()
         else:
-            trust = settings.trust_remote_code
-            kind = settings.activations
             model = load(
-                source, device=settings.device, dtype=settings.dtype, activations=kind, trust_remote_code=trust
+                source,
+                device=settings.device,
+                dtype=settings.dtype,
+                activations=settings.activations,
+                threads=settings.packed_threads,
+                trust_remote_code=settings.trust_remote_code,
             )[0]
         seconds = time.perf_counter() - started
         settings.check(getattr(model.config, "max_position_embeddings", None))

@@ -5,6 +5,14 @@ import torch
 from compress.calibrate.errors import InputError
 
 
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """What a device computes in by default: float32 on a CPU, on a GPU bfloat16 where it has it, else float16."""
+    if device.type == "cpu":
+        return torch.float32
+    with torch.cuda.device(device):  # the question is about the current one
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def pick_device(name: str, option: str = "--device") -> torch.device:
     """The device that a name means; ``auto`` is a GPU where there is one.
 

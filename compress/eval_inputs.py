@@ -84,7 +84,7 @@ def check_context(asked: Asked, tasks: Sequence[str], context: int | None) -> No
     """
     settings = settings_of(asked)
     if text_tasks(tasks):
-        check_windows(settings.window, settings.stride, settings.windows, context)
+        check_windows(settings.window, settings.stride, settings.windows, context, settings.feed)
     if long := long_context_tasks(tasks):
         check_long_context(long, long_settings(settings), context)
 
@@ -120,7 +120,7 @@ def prepare_eval(asked: Asked, tasks: Sequence[str], tokenizer: Any) -> Prepared
         prepare_prompts(long, tokenizer, long_settings(settings), None if haystack is None else haystack.text)
     tokens = None if text is None else tokenise(text, tokenizer)
     if tokens is not None:
-        lay_out(tokens.ids.numel(), settings.window, settings.stride, settings.windows)
+        lay_out(tokens.ids.numel(), settings.window, settings.stride, settings.windows, settings.feed)
     material = Material(tokens, haystack, tasks=loaded)
     return Prepared(tuple(tasks), settings, material, None if text is None else text.origin, place)
 

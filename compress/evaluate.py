@@ -71,6 +71,7 @@ class EvalOutcome:
         if self.text is not None:
             stride = "" if settings.stride in (None, settings.window) else f" that overlap, {settings.stride} apart"
             parts.append(f"Text in windows of {settings.window} tokens{stride}: {self.text}.")
+            parts += self._fed()
         if self.haystack is not None:
             parts.append(f"Needles hidden in: {self.haystack}.")
         if self.scores.divergence is not None:
@@ -88,12 +89,23 @@ class EvalOutcome:
             for metric in self.scores.metrics:
                 error = "" if metric.stderr is None else f" ± {metric.stderr:.4g}"
                 table.append(f"| {metric.task} | {metric.metric} | {metric.value:.5g}{error} |")
-        lines = [f"text: {self.text}"] if self.text else []
+        lines = [f"text: {self.text}", *self._fed()] if self.text else []
         lines += [f"haystack: {self.haystack}"] if self.haystack else []
         lines += table
         if self.rows and self.scores.divergence is not None:
             lines.append(self.scores.divergence.sentence())
         return [*lines, EXPLANATION] if any(row.paired is not None for row in self.rows) else lines
+
+    def _fed(self) -> list[str]:
+        """How windows went through the cache, where they did."""
+        feed = self.scores.settings.feed
+        if feed is None:
+            return []
+        return [
+            f"The first {feed.prompt} tokens of a window fill the KV cache at once and aren't scored; the others follow"
+            f" {feed.chunk} at a time, and see what the cache has kept of those before. The original is scored on the"
+            " same tokens."
+        ]
 
     def _divergence(self) -> dict[str, Any] | None:
         if self.scores.divergence is None:
@@ -130,7 +142,7 @@ def evaluate(
         tasks: lm-eval tasks by name, long-context tasks, ``perplexity`` and ``divergence``.
         options: how.
         cache: makes a fresh transformers ``Cache`` for each sequence that the model, not the baseline, is scored on or
-            generates; None is the model's own.
+            generates; None is the model's own, that of an artifact's plan if it has one.
         output: where the figures are written; None writes nothing.
 
     Raises:
@@ -159,13 +171,13 @@ def evaluate(
             prepared, on_scores=lambda which, scores, samples: output.keep(names[which], scores, samples, template)
         )
     packed = options.packed or options.activations == "int8"
-    compute = Compute(activations=options.activations)
+    compute = Compute(activations=options.activations, threads=options.threads)
     outcome = score_models(
         partial(found.open, compute, device) if packed else partial(load_to, found, device),
         None if other is None else partial(load_to, other, device),
         found.tokenizer,
         prepared,
-        cache,
+        cache or found.cache,
     )
     if output is not None:
         output.finish(outcome.to_json())
@@ -209,12 +221,13 @@ def score_all(
     Raises:
         InputError: a task that doesn't fit a model; a baseline that can't be compared.
     """
+    settings = prepared.settings if cache is None else prepared.settings.through_cache()
 
     def measure(which: str, load: Open, cache: Callable[[], Cache] | None) -> Scores:
         started = time.perf_counter()
         samples: Samples = {}
         used = material if prepared.on_scores is None else replace(material, on_samples=samples.update)
-        scores = score(load(), tokenizer, prepared.tasks, prepared.settings, used, cache)
+        scores = score(load(), tokenizer, prepared.tasks, settings, used, cache)
         release()
         if prepared.on_scores is not None:
             prepared.on_scores(which, scores, samples)
@@ -275,7 +288,7 @@ def token_problem(model: Unloaded, other: Unloaded, name: str) -> str | None:
 
 def load_to(found: Unloaded, device: torch.device) -> PreTrainedModel:
     """Load a model for scoring, dense and in float32."""
-    return found.load(torch.float32).to(device)
+    return found.open(Compute(), device, packed=False)
 
 
 def _baseline(name: str, options: EvalOptions, model: Unloaded) -> Unloaded:

@@ -10,9 +10,12 @@ import torch
 from compress.calibrate.windows import CalibrationSet
 from compress.events import Event
 from compress.model import ModelFacts, ModelView
+from compress.plan import AttentionPlan
 from compress.recipe import Recipe
 from compress.scheme import Scheme
 from compress.work import WorkFolder
+
+PROBE_TOKENS = 64  # of the reload check
 
 
 @dataclass
@@ -27,7 +30,9 @@ class Job:
         device: where layers run.
         emit: tells the user.
         report: what the run found, filled by stage name; becomes ``report.json``.
-        result: what the export needs to know, filled by the stages.
+        result: what the export needs to know, filled by the stage that changes weights; None while they are the model's
+            own.
+        plan: what attention does at run time, written by the stages; None if nothing is asked of it.
     """
 
     view: ModelView
@@ -38,6 +43,7 @@ class Job:
     emit: Callable[[Event], None]
     report: dict[str, Any] = field(default_factory=dict)
     result: "Result | None" = None
+    plan: AttentionPlan | None = None
 
 
 @dataclass
@@ -51,6 +57,8 @@ class Result:
         dtype: storage type of everything that isn't quantized.
         probe: token ids ``[T]`` of the reload check.
         logits: what the model in memory answers to them, ``[T, vocab]`` float32.
+        carried: the artifact whose files these are, and are to be again, byte for byte; None for a model that is
+            written from its parts.
     """
 
     parts: list[Path]
@@ -59,6 +67,7 @@ class Result:
     dtype: torch.dtype
     probe: torch.Tensor
     logits: torch.Tensor
+    carried: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class ModelFacts:
         tied: the output head is the embedding matrix.
         layer_shapes: shapes of the parameters of one decoder layer, by names relative to it; all layers are alike.
         checkpoint_bytes: size of the weight files (the size in ``dtype`` if the Hub wouldn't say).
+        packed: the weights are those of an artifact, quantized already; they are read as what they stand for.
     """
 
     source: str
@@ -63,6 +64,7 @@ class ModelFacts:
     tied: bool
     layer_shapes: Mapping[str, tuple[int, ...]]
     checkpoint_bytes: int
+    packed: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -87,6 +89,13 @@ class ModelFacts:
             name = f"{self.family.layers}.{layer}.{module}"
             found[role] = LinearFacts(name, rows, columns, f"{module}.bias" in self.layer_shapes)
         return found
+
+    def window(self, layer: int) -> int | None:
+        """The number of tokens (itself included) that a token of this layer sees, or None for all before it."""
+        sliding = self.family.window == "all" or (
+            self.family.window == "typed" and self.config.layer_types[layer] == "sliding_attention"
+        )
+        return self.config.sliding_window if sliding else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor the model needs, by name; without the head when it is tied."""
@@ -159,11 +168,8 @@ class ModelView:
         return cos, sin
 
     def window(self, layer: int) -> int | None:
-        """The number of tokens (itself included) that a token of this layer sees, or None for all before it."""
-        sliding = self.family.window == "all" or (
-            self.family.window == "typed" and self.config.layer_types[layer] == "sliding_attention"
-        )
-        return self.config.sliding_window if sliding else None
+        """As :meth:`ModelFacts.window`."""
+        return self.facts.window(layer)
 
     def attention_mask(self, layer: int, seq_len: int) -> Tensor | None:
         """The mask for full, unpadded sequences.

@@ -14,6 +14,7 @@ PERPLEXITY_WINDOWS = 24
 LENGTHS = (2048, 4096)
 DEPTHS = 5
 EVAL_BATCH_SIZE = 8
+KV_CHUNK = 64
 LARGEST_SEED = 2**32 - 1  # what numpy, and so lm-eval, accepts
 
 
@@ -85,9 +86,13 @@ class EvalOptions:
         samples: long-context questions for each length and depth.
         haystack: text around the needle, with the syntax of the recipe's ``eval.haystack``.
         seed: of the long-context questions.
+        kv_prompt: tokens of a window that fill a compressed KV cache at once and aren't scored, where perplexity and
+            divergence measure it; None is half of the window.
+        kv_chunk: tokens that follow at once behind this prompt.
         batch_size: sequences a forward pass.
         packed: score an artifact as it is run, over packed weights, instead of unpacked.
         activations: as in :class:`GenerateOptions`; ``int8`` scores it packed.
+        threads: as in :class:`GenerateOptions`, of an artifact that is scored packed.
         device: as in :class:`RunOptions`.
         trust_remote_code: let a model's own Python code run.
     """
@@ -106,9 +111,12 @@ class EvalOptions:
     samples: int = 1
     haystack: str = "auto"
     seed: int = 0
+    kv_prompt: int | None = None
+    kv_chunk: int = KV_CHUNK
     batch_size: int = EVAL_BATCH_SIZE
     packed: bool = False
     activations: Literal["float", "int8"] = "float"
+    threads: int = 1
     device: str = "auto"
     trust_remote_code: bool = False
 
@@ -123,6 +131,8 @@ class GenerateOptions:
         seed: of the sampling.
         chat: wrap the prompt in the model's chat template; None does so if the model has one.
         activations: what packed layers multiply on a CPU: ``float``, or activations rounded to 8 bits (``int8``).
+        threads: of packed layers on a CPU for up to 8 tokens at once.
+        kv: let an artifact's attention plan decide on the KV cache; False keeps it at 16 bits or more.
         device: as in :class:`RunOptions`.
         trust_remote_code: let a model's own Python code run.
     """
@@ -132,6 +142,8 @@ class GenerateOptions:
     seed: int = 0
     chat: bool | None = None
     activations: Literal["float", "int8"] = "float"
+    threads: int = 1
+    kv: bool = True
     device: str = "auto"
     trust_remote_code: bool = False
 
@@ -150,6 +162,8 @@ class ServeOptions:
         max_queue: requests that may wait; further ones are sent away.
         grace_seconds: how long requests may go on after the server was told to stop.
         activations: as in :class:`GenerateOptions`.
+        threads: as in :class:`GenerateOptions`, for each request that runs.
+        kv: as in :class:`GenerateOptions`.
         device: as in :class:`RunOptions`.
         trust_remote_code: let a model's own Python code run.
     """
@@ -163,6 +177,8 @@ class ServeOptions:
     max_queue: int = 64
     grace_seconds: int = 30
     activations: Literal["float", "int8"] = "float"
+    threads: int = 1
+    kv: bool = True
     device: str = "auto"
     trust_remote_code: bool = False
 
@@ -183,6 +199,7 @@ class BenchOptions:
         seed: of the prompt.
         trust_remote_code: let a model's own Python code run.
         activations: as in :class:`GenerateOptions`.
+        threads: as in :class:`GenerateOptions`.
     """
 
     prompt_tokens: int | None = None
@@ -195,3 +212,4 @@ class BenchOptions:
     seed: int = 0
     trust_remote_code: bool = False
     activations: Literal["float", "int8"] = "float"
+    threads: int = 1

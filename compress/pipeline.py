@@ -20,6 +20,9 @@ from compress.artifact.account import Destination
 from compress.artifact.check import check_reload
 from compress.artifact.export import read_report, write_artifact
 from compress.artifact.gguf_tokenizer import tokenizer_metadata
+from compress.artifact.inspect import changed_files
+from compress.artifact.kept import keep
+from compress.artifact.packed_checkpoint import PackedCheckpoint, open_packed
 from compress.calibrate.errors import InputError
 from compress.calibrate.selfgen import fast_dtype
 from compress.calibrate.source import AUTO, SELF, Model, Request, prepare
@@ -31,7 +34,7 @@ from compress.memory import release
 from compress.model import ModelView, open_model
 from compress.options import RunOptions
 from compress.origin import origin_of
-from compress.planning import Plan, active_stages, plan
+from compress.planning import Plan, active_stages, carries, plan
 from compress.recipe import Recipe
 from compress.scoring import prepare_scoring, score_run
 from compress.work import WorkFolder, changed, refuse_other_run, sweep
@@ -94,7 +97,7 @@ def run(
         return RunResult(planned.out, planned.to_json(), planned.lines())
     for note in planned.notes():
         emit(Message(note))
-    view = open_model(model, options.trust_remote_code)
+    view = _open(model, planned.recipe, options.trust_remote_code)
     if "gguf" in planned.recipe.export.formats:
         tokenizer_metadata(view)  # refused now rather than at the end
     report = read_report(planned.out) if planned.out.exists() else None
@@ -114,6 +117,20 @@ def run(
         return RunResult(planned.out, report, lines)
     url, line = _push(planned.out, planned.target.destination, emit)
     return RunResult(planned.out, report, [*lines[:-1], line], ok=url is not None, url=url)
+
+
+def _open(model: str, recipe: Recipe, trust_remote_code: bool) -> ModelView:
+    """The model to read from, an artifact of ours too where its weights stay as they are.
+
+    Raises:
+        InputError: as :func:`compress.model.open_model`; a damaged artifact.
+    """
+    if not carries(model, recipe):
+        return open_model(model, trust_remote_code)
+    view = open_packed(model, trust_remote_code)
+    if changed := changed_files(view.path):
+        raise InputError("--model", model, f"is damaged: {', '.join(changed)} changed since it was written")
+    return view
 
 
 def _push(out: Path, destination: Destination, emit: Callable[[Event], None]) -> tuple[str | None, str]:
@@ -214,9 +231,10 @@ def _make(job: Job) -> None:
     for stage in active_stages(job.recipe):
         stage.run(job)
         release()
-    assert job.result is not None
     job.emit(StageStarted("artifact"))
     started = time.perf_counter()
+    if job.result is None:
+        job.result = keep(job)
     job.report["artifact"] = write_artifact(job, job.result)
     release()
     job.report["reload_check"] = check = check_reload(
@@ -276,14 +294,7 @@ def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | 
     versions |= {name: version(name) for name in LIBRARIES}
     return {
         "schema": SCHEMA,
-        "model": {
-            "name": view.name(),
-            "source": view.source,
-            "family": view.family.name,
-            "layers": view.num_layers,
-            "parameters": view.facts.num_params,
-        }
-        | origin_of(view).to_json(),
+        **_subject(view),
         "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.calibration.seed if recipe.calibration else 0,
         "command": shlex.join(["compress", *sys.argv[1:]])
@@ -308,11 +319,28 @@ def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | 
     }
 
 
+def _subject(view: ModelView) -> dict[str, Any]:
+    """What is compressed: a model, or the packed weights of an artifact with what its report says of them."""
+    if isinstance(view.checkpoint, PackedCheckpoint):
+        former = read_report(view.path) or {}
+        kept = {"weights": former["weights"]} if "weights" in former else {}
+        carried = {key: former["recipe"][key] for key in ("name", "description")} | {"command": former["command"]}
+        return {"model": former["model"] | {"source": view.source}, "carried": carried} | kept
+    facts = {
+        "name": view.name(),
+        "source": view.source,
+        "family": view.family.name,
+        "layers": view.num_layers,
+        "parameters": view.facts.num_params,
+    }
+    return {"model": facts | origin_of(view).to_json()}
+
+
 def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
     """What decides the weights, as far as it is known before the calibration text is read."""
     return {
         "model": view.checkpoint.fingerprint(),
-        "recipe": planned.recipe.model_dump(mode="json", include={"calibration", "weights", "export"}),
+        "recipe": planned.recipe.model_dump(mode="json", include={"calibration", "weights", "kv", "export"}),
         "versions": {name: version(name) for name in ("compress", "torch", "transformers")},
         "device": planned.device.type,
     }
@@ -331,6 +359,8 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
         lines.append(
             f"error    {errors[len(errors) // 2]:.4f} median, {errors[-1]:.4f} worst relative output error of a module"
         )
+    if kv := report.get("kv"):
+        lines.append(f"cache    {kv['summary']}")
     if weights.get("degraded"):
         lines.append(f"degraded {len(weights['degraded'])} modules were rounded to nearest: see report.json")
     for row in (report.get("eval") or {}).get("rows", [])[:4]:

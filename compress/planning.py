@@ -11,6 +11,7 @@ import torch
 
 from compress.artifact.account import Destination
 from compress.artifact.export import read_report
+from compress.artifact.packed_checkpoint import check_carried, is_packed_artifact, open_packed
 from compress.artifact.preflight import check_export, export_notes
 from compress.artifact.target import Target, check_push
 from compress.calibrate.errors import InputError
@@ -19,13 +20,14 @@ from compress.device import pick_device
 from compress.eval_inputs import check_eval
 from compress.evalsuite.sliding import context_of
 from compress.job import Estimate, Stage
+from compress.kv.stage import KVStage
 from compress.model import ModelFacts, open_config
 from compress.options import RunOptions
 from compress.recipe import Recipe
 from compress.weights.stage import WeightsStage
 from compress.work import partial_folder
 
-STAGES: tuple[Stage, ...] = (WeightsStage(),)
+STAGES: tuple[Stage, ...] = (WeightsStage(), KVStage())
 LIBRARIES_BYTES = 550 << 20  # what Python, torch and transformers occupy before a model is opened
 EFFICIENCY = 0.5  # of the speed of a large matrix product that a whole run reaches; measured, docs/log.md
 
@@ -138,7 +140,11 @@ def plan(
     options = options or RunOptions()
     resolved = Recipe.load(recipe, options.overrides())
     device = pick_device(options.device)
-    facts = open_config(model)
+    if carries(model, resolved):
+        check_carried(model, resolved)
+        facts = open_packed(model).facts
+    else:
+        facts = open_config(model)
     stages = active_stages(resolved)
     for stage in stages:
         stage.preflight(facts, resolved)
@@ -156,6 +162,11 @@ def plan(
             raise InputError("--public", None, "says who may see what is pushed, and there is no --push")
         return planned
     return replace(planned, target=check_push(Destination(options.push, options.public, option="--push"), resolved))
+
+
+def carries(model: str, recipe: Recipe) -> bool:
+    """Whether the packed weights of an artifact are taken over as they are."""
+    return recipe.weights is None and is_packed_artifact(model)
 
 
 def active_stages(recipe: Recipe) -> list[Stage]:
@@ -180,6 +191,7 @@ def default_out(facts: ModelFacts, recipe: Recipe) -> Path:
         size = recipe.weights.group_size
         parts.append(f"W{recipe.weights.bits}A16")
         parts += [f"G{size}"] if isinstance(size, int) and size > 0 else []
+        parts += [] if recipe.kv is None else [recipe.kv.method]
     return Path("-".join(parts))
 
 

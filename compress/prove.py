@@ -6,7 +6,7 @@ it is there.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ def prove(
     settings = _settings(options, tasks) if tasks else {}
     check_eval(options, tasks, dense.context)
     prepared = prepare_eval(options, tasks, dense.tokenizer)
+    if any(found.plan is not None for found in models.values()):
+        prepared = replace(prepared, settings=prepared.settings.through_cache())
     if bench_options is not None:
         for folder in artifacts:
             update_report(folder, efficiency=bench(folder, source, bench_options, emit))

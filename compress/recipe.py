@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from compress.calibrate.errors import InputError, did_you_mean
 from compress.keys import allowed, comment, nearest
-from compress.schema import SECTIONS, Calibration, Eval, Export, Section, Weights
+from compress.schema import KV, SECTIONS, Calibration, Eval, Export, Section, Weights
 from compress.yaml12 import YamlError, inline, parse
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -34,6 +34,7 @@ class Recipe(Section):
         description: one line.
         calibration: the text that methods look at, or None.
         weights: weight quantization, or None.
+        kv: quantization of the KV cache, or None.
         export: what is written; always there, with its defaults if the file has no such section.
         eval: scoring, or None.
     """
@@ -42,6 +43,7 @@ class Recipe(Section):
     description: str = ""
     calibration: Calibration | None = None
     weights: Weights | None = None
+    kv: KV | None = None
     export: Export = Export()
     eval: Eval | None = None
 
@@ -61,6 +63,13 @@ class Recipe(Section):
                 "tuning needs calibration text, and the recipe has no section 'calibration'",
                 fix="add the section (`calibration: {}` or --calibration auto), or set weights.tune_epochs=0",
             )
+        if self.kv is not None and self.kv.budget is not None and self.calibration is None:
+            raise InputError(
+                "kv.budget",
+                self.kv.budget,
+                "bits are chosen by errors on calibration text, and the recipe has no section 'calibration'",
+                fix="add the section (`calibration: {}` or --calibration auto), or set kv.budget=null",
+            )
         return self
 
     @classmethod
@@ -70,8 +79,9 @@ class Recipe(Section):
         Args:
             source: the name of a shipped recipe, the path of a ``.yaml`` file, the same content as a mapping, or a
                 recipe.
-            overrides: ``section.key=value`` with the value as YAML, ``name=text``, or ``section=null``, in order;
-                ``section?.key=value`` is only for a recipe that has the section.
+            overrides: ``section.key=value`` with the value as YAML, ``name=text``, ``section=null``, or
+                ``section=RECIPE`` for the section of that name of another recipe, in order; ``section?.key=value`` is
+                only for a recipe that has the section.
 
         Raises:
             InputError: unknown recipe, section or key; a value of the wrong type or out of range; keys that exclude
@@ -249,8 +259,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
             data[section] = {**(data.get(section) or {}), key: value}
     elif value is None:
         data[section] = None
+    elif isinstance(value, str):
+        data[section] = _resolved(value).get(section)
+        if data[section] is None:
+            raise InputError(section, value, f"is a recipe without the section {section!r}")
     else:
-        raise InputError(section, text, "is a section", allowed=f"{section}.KEY=value, or {section}=null")
+        ways = f"{section}.KEY=value, {section}=RECIPE, or {section}=null"
+        raise InputError(section, text, "is a section", allowed=ways)
 
 
 def _as_input_error(details: ErrorDetails) -> InputError:

@@ -9,13 +9,22 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from compress.calibrate.errors import InputError
-from compress.options import DEPTHS, EVAL_BATCH_SIZE, LARGEST_SEED, LENGTHS, PERPLEXITY_WINDOW, PERPLEXITY_WINDOWS
+from compress.options import (
+    DEPTHS,
+    EVAL_BATCH_SIZE,
+    KV_CHUNK,
+    LARGEST_SEED,
+    LENGTHS,
+    PERPLEXITY_WINDOW,
+    PERPLEXITY_WINDOWS,
+)
 
 Bits = Literal[2, 3, 4, 8]
+KVWidth = Literal[2, 4]
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,13 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(int(part) if part.isdecimal() else part for part in listed)
     return listed
+
+
+def _pair(value: Any) -> Any:
+    """Let one width stand for keys and values alike."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value, value)
+    return _numbers(value)
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -204,6 +220,101 @@ class Weights(Section):
         return self
 
 
+KVPair = Annotated[tuple[KVWidth, KVWidth], BeforeValidator(_pair), Allowed("2, 4, or a pair [keys, values] of them")]
+KVPairOrNull = Annotated[
+    tuple[KVWidth, KVWidth] | None, BeforeValidator(_pair), Allowed("2, 4, a pair [keys, values] of them, null")
+]
+Share = Annotated[float, Ge(0), Le(1)]
+
+
+class KV(Section):
+    """Quantization of the KV cache; its defaults are those of the recipe zipcache-plus."""
+
+    method: Literal["zipcache"] = Field(
+        default="zipcache", description="zipcache: salient tokens at high_bits, the others at low_bits."
+    )
+    ratio: Share = Field(
+        default=0.3, description="Share of tokens that are salient, by attention score: 1 is all of them, 0 none."
+    )
+    high_bits: KVPair = Field(default=(4, 4), description="Bits of a salient token's keys and values.")
+    low_bits: KVPair = Field(default=(2, 2), description="Bits of every other token's keys and values.")
+    boundary_bits: KVPairOrNull = Field(
+        default=(4, 4),
+        description="Bits of all tokens in the first and last full-attention layer; null treats them as the others.",
+    )
+    key_scheme: Literal["channel", "token"] = Field(
+        default="token",
+        description="What shares a scale: channel is a channel of all keys of a class (the paper), token one token.",
+    )
+    center: bool = Field(default=True, description="Subtract the keys' mean from them; answers don't depend on it.")
+    rotate: bool = Field(default=True, description="Rotate keys, and queries alike, by a Hadamard matrix.")
+    key_cst: bool = Field(
+        default=True, description="Divide key channels by the root of their maximum (channel-separable tokenwise)."
+    )
+    value_cst: bool = Field(default=True, description="The same for value channels.")
+    clip: bool = Field(default=True, description="Search each token's range at 2 bits.")
+    sinks: int = Field(default=4, ge=0, description="First tokens, which stay in 16 bits.")
+    window_bits: Literal[8, 16] = Field(default=8, description="Bits of the newest tokens, which aren't packed yet.")
+    window_min: int = Field(default=64, ge=0, description="Newest tokens that are never packed.")
+    flush: int = Field(default=128, ge=1, description="Tokens packed at a time, once so many are beyond window_min.")
+    first_flush: int = Field(
+        default=256,
+        ge=1,
+        description="Tokens that must be there for the first packing, which fixes the channels' means and scales.",
+    )
+    probe_recent: Share = Field(
+        default=0.05, description="Share of the queries, the newest, by whose attention tokens are found salient."
+    )
+    probe_random: Share = Field(default=0.05, description="Share of queries drawn at random for that.")
+    probe_cap: int = Field(default=256, ge=0, description="Most queries used for that; 0 is no limit.")
+    normalizer: Literal["probes", "official"] = Field(
+        default="probes",
+        description="What a token's attention is divided by: probes that see it, or, as the published code does,"
+        " official: all queries that see it.",
+    )
+    budget: Annotated[float, Gt(1)] | None = Field(
+        default=None,
+        description="Times smaller than 16 bits that the whole cache must be at budget_tokens tokens, every byte"
+        " counted: each layer's bits and ratio are then chosen by its error on the calibration text; null takes ratio,"
+        " high_bits, low_bits and boundary_bits.",
+    )
+    budget_tokens: int = Field(default=4096, ge=1, description="Tokens at which the budget has to hold.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "KV":
+        if any(high < low for high, low in zip(self.high_bits, self.low_bits, strict=True)):
+            raise InputError(
+                "kv.high_bits",
+                list(self.high_bits),
+                f"gives salient tokens fewer bits than low_bits {list(self.low_bits)} gives the others",
+                fix=f"set kv.low_bits={list(self.high_bits)}, or raise kv.high_bits",
+            )
+        if self.key_scheme == "channel" and (self.center or self.key_cst):
+            named = "kv.center" if self.center else "kv.key_cst"
+            raise InputError(
+                named,
+                True,
+                "has no meaning with key_scheme channel, where every channel has its own minimum and step",
+                fix="set kv.center=false and kv.key_cst=false, or kv.key_scheme=token",
+            )
+        if self.probe_recent + self.probe_random > 1:
+            raise InputError(
+                "kv.probe_random",
+                self.probe_random,
+                f"makes more than all queries with probe_recent {self.probe_recent:g}",
+                allowed=f"0 to {1 - self.probe_recent:g}",
+            )
+        chosen = self.budget is not None or 0 < self.ratio < 1
+        if chosen and self.probe_recent + self.probe_random == 0:
+            raise InputError(
+                "kv.probe_recent",
+                self.probe_recent,
+                "leaves no query to find salient tokens by",
+                fix="set kv.probe_recent=0.05, or kv.ratio=0 or 1",
+            )
+        return self
+
+
 class Export(Section):
     """What is written."""
 
@@ -268,11 +379,22 @@ class Eval(Section):
         min_length=1,
         description="Text around the needle: repeat (RULER's sentence, again and again), or a source as for text.",
     )
+    kv_prompt: Annotated[int, Ge(1)] | None = Field(
+        default=None,
+        description="Where perplexity and divergence measure a compressed KV cache: tokens at the beginning of a window"
+        " that fill it at once and aren't scored; null is half of the window.",
+    )
+    kv_chunk: int = Field(
+        default=KV_CHUNK,
+        ge=1,
+        description="Tokens that follow at once behind this prompt; 1 is token by token, as in generation.",
+    )
 
 
 SECTIONS: dict[str, type[Section]] = {
     "calibration": Calibration,
     "weights": Weights,
+    "kv": KV,
     "export": Export,
     "eval": Eval,
 }

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from compress.events import Event, Message, StageDone, StageStarted
 from compress.model import ModelView
 from compress.planning import Plan
 from compress.recipe import Recipe
-from compress.runtime import load
+from compress.runtime import Compute, find
 
 
 def prepare_scoring(view: ModelView, recipe: Recipe, report: dict[str, Any] | None) -> Prepared | None:
@@ -53,19 +52,17 @@ def score_run(view: ModelView, planned: Plan, prepared: Prepared, emit: Callable
     assert planned.recipe.eval is not None
     emit(StageStarted("eval"))
     started = time.perf_counter()
+    found = find(planned.out)
     outcome = score_models(
-        partial(_artifact, planned.out, planned.device),
+        partial(found.open, Compute(), planned.device),
         partial(_original, view, planned.device),
         view.tokenizer(),
         prepared,
+        found.cache,
         told=lambda which, seconds: emit(Message(f"scored the {which} model in {seconds:.0f} s")),
     )
     emit(StageDone("eval", time.perf_counter() - started))
     return eval_section(planned.recipe.eval.model_dump(mode="json"), outcome)
-
-
-def _artifact(folder: Path, device: torch.device) -> PreTrainedModel:
-    return load(folder, device=str(device))[0]
 
 
 def _original(view: ModelView, device: torch.device) -> PreTrainedModel:

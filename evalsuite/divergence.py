@@ -80,7 +80,7 @@ class Reference:
             What :func:`compress.evalsuite.scan.scan` found, and the divergence; None for the dense model itself.
         """
         scores = scan(model, ids, windows, cache=cache, states=self._states)
-        prompts, tokens = cut_prompts(ids[: windows.length], windows.window)
+        prompts, tokens = cut_prompts(ids[: windows.length], windows.window, windows.feed)
         answers = greedy_answers(model, prompts, tokens, cache)
         if self._answers is None:
             self._answers = answers

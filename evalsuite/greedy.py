@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 from compress.evalsuite.head import CacheFactory, evaluating
+from compress.evalsuite.sliding import Feed
 from torch import Tensor
 
 PROMPTS = 32
 PROMPT_TOKENS = 32
 ANSWER_TOKENS = 32
+CACHE_PROMPTS = 8
+"""As many, and as long as a window's prompt, where a cache is measured: of short ones it may not have dropped a bit."""
 
 _NOTHING = -1  # behind the end of an answer; no token has this id
 
@@ -31,18 +34,20 @@ class GreedyChange:
     changed_tokens: float
 
 
-def cut_prompts(ids: Tensor, window: int) -> tuple[Tensor, int]:
+def cut_prompts(ids: Tensor, window: int, feed: Feed | None = None) -> tuple[Tensor, int]:
     """Prompts from all over a text, none overlapping another, and the length of the answers.
 
     Args:
         ids: ``[N]``, the text, at least a window long.
         window: tokens that a model is known to take; prompt and answer together are no longer.
+        feed: how windows go through a cache; None where none is measured.
 
     Returns:
-        Prompts ``[n, T]``, at most ``PROMPTS`` of ``PROMPT_TOKENS``; tokens to generate, at most ``ANSWER_TOKENS``.
+        Prompts ``[n, T]``, at most ``PROMPTS`` of ``PROMPT_TOKENS``, or ``CACHE_PROMPTS`` as long as the prompt before
+        a cache; tokens to generate, at most ``ANSWER_TOKENS``.
     """
-    length = min(PROMPT_TOKENS, window // 2)
-    count = min(PROMPTS, ids.numel() // length)
+    length = min(PROMPT_TOKENS, window // 2) if feed is None else feed.prompt
+    count = min(PROMPTS if feed is None else CACHE_PROMPTS, ids.numel() // length)
     step = ids.numel() // count
     prompts = torch.stack([ids[index * step : index * step + length] for index in range(count)])
     return prompts, min(ANSWER_TOKENS, window - length)

@@ -4,7 +4,7 @@ Logits are the largest tensor of an evaluation, a vocabulary of numbers for ever
 can be applied to a few tokens at a time, and also later, to final states that were kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,9 +55,25 @@ class Decoder:
         Args:
             inputs: what the model is called with.
         """
-        found: Tensor
-        found = self._model.base_model(**inputs).last_hidden_state if self._apart else self._model(**inputs).logits
-        return found
+        return self._pass(inputs)[0]
+
+    def states_through_cache(self, ids: Tensor, sizes: Sequence[int], cache: Cache | None) -> Tensor:
+        """Final states ``[batch, T, F]`` of several forward passes, one behind the other in a cache.
+
+        Args:
+            ids: ``[batch, T]``.
+            sizes: tokens of each pass.
+            cache: an empty cache; None lets the model make its own.
+        """
+        parts: list[Tensor] = []
+        for part in ids.split(list(sizes), dim=1):
+            states, cache = self._pass({"input_ids": part, "past_key_values": cache, "use_cache": True})
+            parts.append(states)
+        return torch.cat(parts, dim=1)
+
+    def _pass(self, inputs: dict[str, Any]) -> tuple[Tensor, Cache | None]:
+        found = (self._model.base_model if self._apart else self._model)(**inputs)
+        return found.last_hidden_state if self._apart else found.logits, getattr(found, "past_key_values", None)
 
     @torch.no_grad()
     def _own_head(self, ids: Tensor) -> nn.Module | None:

@@ -88,7 +88,8 @@ def scan(
         model: a transformers causal language model, on any device and in any dtype; it is left as it was.
         ids: ``[N]`` token ids of the whole text.
         windows: how it is cut.
-        cache: makes the cache that each window's keys and values go through; by default there is none.
+        cache: makes the cache that each window's keys and values go through. Without one they are given at once, or,
+            where ``windows.feed`` says how they go through a cache, through the one that the model makes.
         states: if empty, it is filled with this model's states; otherwise they are those of the model to compare with.
             Where one of the two has more logits, as embeddings are padded for speed, its last ones aren't compared.
 
@@ -168,11 +169,13 @@ class _Scan:
         index, cache = job
         start, context = self.windows.start(index), self.windows.context(index)
         ids = self._ids[start : start + self.windows.window].to(self._device)
-        inputs: dict[str, Any] = {"input_ids": ids[None], "use_cache": cache is not None}
-        if cache is not None:
-            inputs["past_key_values"] = cache
-        states = self.decoder.states(**inputs)[0, context - 1 : -1]
-        return states, ids[context:].to(states.device)
+        feed = self.windows.feed
+        sizes = [len(ids)] if feed is None else feed.sizes(len(ids))
+        if cache is None and feed is None:
+            states = self.decoder.states(input_ids=ids[None], use_cache=False)
+        else:
+            states = self.decoder.states_through_cache(ids[None], sizes, cache)
+        return states[0, context - 1 : -1], ids[context:].to(states.device)
 
 
 def _nll(logprobs: Tensor, targets: Tensor) -> float:

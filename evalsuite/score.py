@@ -91,13 +91,15 @@ def score(
         settings: how to measure.
         material: texts, and the dense model that divergence looks back to.
         cache: makes a fresh transformers ``Cache``, through which everything is scored and generated; None for the
-            model's own.
+            model's own. Perplexity and divergence are then of the tokens behind a prompt
+            (:meth:`EvalSettings.through_cache`), so score what is compared with the same settings.
 
     Raises:
         InputError: a task doesn't exist or its data can't be had; perplexity without a text, or with one that is too
             short; divergence without a reference; a window or length beyond the model's context.
     """
     settings, material = settings or EvalSettings(), material or Material()
+    settings = settings if cache is None else settings.through_cache()
     tasks = list(dict.fromkeys(tasks))
     validate_tasks(tasks, settings.task_path)
     on_text = text_tasks(tasks)
@@ -143,8 +145,8 @@ def _on_text(
     """Perplexity and divergence in one pass."""
     assert material.text is not None
     ids = material.text.ids
-    check_windows(settings.window, settings.stride, settings.windows, context_of(model.config))
-    cut = lay_out(ids.numel(), settings.window, settings.stride, settings.windows)
+    check_windows(settings.window, settings.stride, settings.windows, context_of(model.config), settings.feed)
+    cut = lay_out(ids.numel(), settings.window, settings.stride, settings.windows, settings.feed)
     digest = hashlib.sha256(ids[: cut.length].numpy().tobytes()).hexdigest()
     facts: dict[str, Any] = {"text": material.text.name, "text_tokens": digest}
     metrics: dict[str, list[Metric]] = {}

@@ -16,8 +16,8 @@ class Metric:
 
     Attributes:
         task: task or group, ``"perplexity"`` for ours.
-        metric: lm-eval's name of the metric (with ``,filter`` where there is one), ``perplexity@WINDOW``, or
-            ``string_match@LENGTH`` for a long-context task.
+        metric: lm-eval's name of the metric (with ``,filter`` where there is one), ``perplexity@WINDOW`` (see
+            :class:`Perplexity`), or ``string_match@LENGTH`` for a long-context task.
         value: the figure.
         stderr: its standard error, where there is one.
         higher_is_better: which way is up; None where the task doesn't say.

@@ -1,6 +1,8 @@
 """How a model is scored: everything that must be equal for two scores to be comparable."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from compress.evalsuite.sliding import KV_CHUNK, Feed
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class EvalSettings:
         depths: places of the needle, evenly spread from the beginning to the end of the haystack.
         samples: long-context questions for each length and depth.
         seed: of the long-context tasks.
+        kv_prompt: tokens of a window that fill the cache and aren't scored, where perplexity and divergence measure a
+            cache; None gives windows at once, through no cache.
+        kv_chunk: tokens at once behind this prompt.
     """
 
     window: int = 1024
@@ -44,3 +49,14 @@ class EvalSettings:
     depths: int = 5
     samples: int = 1
     seed: int = 0
+    kv_prompt: int | None = None
+    kv_chunk: int = KV_CHUNK
+
+    @property
+    def feed(self) -> Feed | None:
+        """How windows go through a cache; None where they don't."""
+        return None if self.kv_prompt is None else Feed(self.kv_prompt, self.kv_chunk)
+
+    def through_cache(self) -> "EvalSettings":
+        """The same, with windows that go through a cache: half of a window is the prompt if nothing else is said."""
+        return self if self.kv_prompt is not None else replace(self, kv_prompt=Feed.half(self.window).prompt)

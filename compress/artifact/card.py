@@ -52,6 +52,8 @@ def model_card(report: dict[str, Any], title: str, place: str | None = None, aut
         size=nbytes(artifact["weight_bytes"]),
         formats=artifact.get("formats") or {artifact["format"]: {"path": "."} | artifact},
         nbytes=nbytes,
+        packed=bool(report.get("weights", {}).get("modules")),
+        kv=report.get("kv"),
         table=evaluation.get("table"),
         measured_on=evaluation.get("note", ""),
         divergence=_divergence(evaluation.get("divergence")),
@@ -84,7 +86,7 @@ def front_matter(report: dict[str, Any], title: str, author: str | None = None) 
         base_model=model["hub_id"],
         base_model_relation="quantized" if model["hub_id"] else None,
         datasets=[dataset] if dataset else None,
-        tags=[*formats, _line(report["recipe"]["name"]), *bits],
+        tags=[*formats, _line(report["recipe"]["name"]), *bits, *(["kv-cache"] if report.get("kv") else [])],
         quantized_by=author,
         model_name=_line(title),
         eval_results=results or None,
@@ -195,7 +197,13 @@ def _made(report: dict[str, Any]) -> list[str]:
     """What was done beyond the recipe's name."""
     weights = report.get("weights", {})
     rotation = weights.get("rotation", {"residual": "none", "heads": "none"})
-    made = [f"rotations: residual stream {rotation['residual']}, value heads {rotation['heads']}"]
+    made = [f"rotations: residual stream {rotation['residual']}, value heads {rotation['heads']}"] if weights else []
+    if carried := report.get("carried"):
+        made.append(f"weights taken over byte for byte, as they were made with recipe {_md(carried['name'])}")
+    elif not weights:
+        made.append("weights: the original's own")
+    if kv := report.get("kv"):
+        made.append(f"KV cache: {_md(kv['summary'])}")
     if tuned := tuning_clause(report):
         made.append(tuned)
     if weights.get("untied"):
@@ -233,10 +241,12 @@ def _limits(report: dict[str, Any]) -> list[str]:
             "The hidden states are rotated: adapters, draft heads or probes that were trained on the original's hidden"
             " states don't fit."
         )
-    if report["artifact"]["format"] != "gguf":
+    if report["artifact"]["format"] != "gguf" and weights:
         limits.append(
             "Plain transformers unpacks the weights before it computes: the file is smaller, speed isn't gained."
         )
+    if report.get("kv"):
+        limits.append("Only the tool that made it packs the KV cache; plain transformers and vLLM keep 16 bits.")
     if any(module["bits"] < 4 for module in weights.get("modules", [])):
         limits.append("vLLM needs its Humming kernels for 2 and 3 bits.")
     return limits

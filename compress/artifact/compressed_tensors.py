@@ -8,6 +8,7 @@ A linear layer ``NAME`` of shape ``[rows, columns]`` becomes
     NAME.weight_shape       int64 [2] = (rows, columns)
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,21 @@ def schemes_of(block: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Scheme]]
         size = weights["group_size"] if weights["strategy"] == "group" else -1
         found.append((tuple(group["targets"]), Scheme(weights["num_bits"], size, weights["symmetric"])))
     return found
+
+
+def scheme_of(name: str, schemes: Sequence[tuple[tuple[str, ...], Scheme]]) -> Scheme | None:
+    """The scheme of a layer by :func:`schemes_of`: a group that names it comes before one for all linear layers."""
+    for wanted in (name, "Linear"):
+        for targets, scheme in schemes:
+            if any(_matches(target, wanted) for target in targets):
+                return scheme
+    return None
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target == name
 
 
 def _args(scheme: Scheme) -> QuantizationArgs:

@@ -32,13 +32,15 @@ def write_artifact(job: Job, result: Result) -> dict[str, Any]:
     if folder.exists():  # an attempt that was killed; its report would be taken for a part of this one
         shutil.rmtree(folder)
     folder.mkdir()
-    params = job.view.facts.num_params
+    params = job.report["model"]["parameters"]
     formats = {}
     for name, place in format_folders(folder, job.recipe.export.formats).items():
         place.mkdir(exist_ok=True)
         _write_format(name, job, result, place)
         formats[name] = _format_facts(place, folder, params)
     (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+    if job.plan is not None:
+        job.plan.save(folder)
     for path in legal_files(job.view):
         shutil.copyfile(path, folder / path.name)
     first = job.recipe.export.formats[0]
@@ -69,6 +71,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _write_format(name: str, job: Job, result: Result, place: Path) -> None:
+    if result.carried is not None:
+        _carry(result.carried, place)
+        return
     block = None
     if name == "compressed-tensors":
         join(result.parts, place, job.recipe.export.shard_size_mb * 1_000_000)
@@ -84,6 +89,15 @@ def _write_format(name: str, job: Job, result: Result, place: Path) -> None:
     artifact_config(job.view, result, block).save_pretrained(place)
     job.view.generation_config().save_pretrained(place)
     job.view.tokenizer().save_pretrained(place)
+
+
+def _carry(former: Path, place: Path) -> None:
+    """Copy the files of an artifact's first format, byte for byte."""
+    report = read_report(former)
+    assert report is not None
+    first = report["artifact"]["formats"][report["artifact"]["format"]]
+    for name in first["files"]:
+        shutil.copyfile(former / name, place / name)
 
 
 def _format_facts(place: Path, folder: Path, params: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A linear layer ``NAME`` of shape ``[N, K]`` becomes
     NAME.qweight  int32 [K * bits / 32, N], unsigned codes packed along the inputs
     NAME.qzeros   int32 [groups, N * bits / 32], zero points packed along the outputs; version 1 stores zero - 1
     NAME.scales   float16 [groups, N]
-    NAME.g_idx    int32 [K], the group of every input
+    NAME.g_idx    int32 [K], the group of every input; other tools leave it out where inputs are in order
 
 and means ``w[n, k] = scales[g_idx[k], n] * (code - zero)``. Symmetric codes have the zero ``2^(bits-1)``; scales may be
 negative (docs/adr/0002), which is nothing to a reader that multiplies.
@@ -132,6 +132,7 @@ class GptqCheckpoint(FileSet):
             raise InputError("--model", folder, "its modules have several widths (dynamic), which isn't read here")
         if block.get("checkpoint_format", "gptq") not in _FORMATS.values():
             raise InputError("--model", folder, f"its checkpoint_format {block['checkpoint_format']!r} isn't known")
+        self._folder, self._ordered = folder, not block.get("desc_act")
         self._bits: int = block["bits"]
         self._added = 1 if block.get("checkpoint_format", "gptq") == _FORMATS[1] else 0
         self._home: dict[str, Path] = {}
@@ -171,13 +172,21 @@ class GptqCheckpoint(FileSet):
         module = name.removesuffix(".weight")
         if module + _PACKED not in self._home:
             return self._stored(name).float()
-        words, zeros, scales, groups = (self._stored(module + kind) for kind in (_PACKED, *_PARTS))
+        words, zeros, scales = (self._stored(module + kind) for kind in (_PACKED, *_PARTS[:2]))
         shifts = torch.arange(0, 32, self._bits, dtype=torch.int32)
         mask = (1 << self._bits) - 1
         codes = ((words[:, None, :] >> shifts[None, :, None]) & mask).flatten(0, 1)
         points = ((zeros[:, :, None] >> shifts) & mask).flatten(1) + self._added
-        group = groups.long()
+        group = self._groups(module, len(codes), len(scales))
         return (scales.float()[group] * (codes - points[group])).t().contiguous()
+
+    def _groups(self, module: str, columns: int, groups: int) -> Tensor:
+        """The group of every input of a module."""
+        if module + _PARTS[2] in self._home:
+            return self._stored(module + _PARTS[2]).long()
+        if self._ordered:
+            return torch.arange(columns) // (columns // groups)
+        raise InputError("--model", self._folder, f"lacks the tensor {module}{_PARTS[2]}, which desc_act needs")
 
     def _stored(self, name: str) -> Tensor:
         with safe_open(self._home[name], framework="pt") as handle:

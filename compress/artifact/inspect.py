@@ -59,6 +59,8 @@ class Inspection:
         for name, facts in artifact.get("formats", {}).items():
             lines.append(f"  {name}: {facts['weight_bytes'] / 1e6:.1f} MB in {self.folder / facts['path']}")
         lines.append(f"  {artifact['bits_per_weight']:.2f} bits a weight over the whole file; recipe {recipe['name']}")
+        if kv := self.report.get("kv"):
+            lines.append(f"  KV cache: {kv['summary']}")
         modules = self.report.get("weights", {}).get("modules", [])
         known = sorted((m for m in modules if m["relative_error"] is not None), key=lambda m: -m["relative_error"])
         lines += [f"  worst: {m['name']} W{m['bits']} rel.err {m['relative_error']:.4f}" for m in known[:5]]
@@ -90,6 +92,16 @@ def inspect(folder: Path) -> Inspection:
     damaged = [name for name, facts in files.items() if not intact(folder / name, facts)]
     nbytes = sum(path.stat().st_size for path in weight_files(folder))
     return Inspection(folder, report, config, nbytes, counts, damaged)
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Files of an artifact, or of one of its other formats, that aren't those that its report names."""
+    for home, prefix in ((folder, ""), (folder.parent, f"{folder.name}/")):
+        if report := read_report(home):
+            files = {name: facts for name, facts in report["artifact"]["files"].items() if name.startswith(prefix)}
+            own = [name for name in files if "/" not in name.removeprefix(prefix)]
+            return [name for name in own if not intact(home / name, files[name])]
+    return []
 
 
 def intact(path: Path, facts: dict[str, Any]) -> bool:

@@ -2,12 +2,14 @@
 
 ``load`` gives a transformers model. That of an artifact holds its linear layers packed (``linear.py``), read file by
 file without a dense copy (``packed.py``); on a CPU its decoder answers one new token in fused C++ steps
-(``decoder.py``) over a cache with room to grow (``cache.py``).
+(``decoder.py``) over a cache with room to grow (``cache.py``). An artifact with an attention plan answers with the
+plan's cache (``plan_cache.py``) through the plan's attention function (``attention.py``).
 """
 
 from compress.runtime.answer import generate
 from compress.runtime.cache import GrowingCache
 from compress.runtime.linear import Compute, PackedLinear
 from compress.runtime.loading import Unloaded, find, load
+from compress.runtime.plan_cache import PlanCache
 
-__all__ = ["Compute", "GrowingCache", "PackedLinear", "Unloaded", "find", "generate", "load"]
+__all__ = ["Compute", "GrowingCache", "PackedLinear", "PlanCache", "Unloaded", "find", "generate", "load"]

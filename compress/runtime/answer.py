@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from transformers import PreTrainedTokenizerBase
 
 from compress.calibrate.errors import InputError
-from compress.device import pick_device
+from compress.device import pick_device, pick_dtype
 from compress.generation import Piece, Sampling, Task, complete
 from compress.options import GenerateOptions
 from compress.runtime.linear import Compute
@@ -27,6 +27,7 @@ def generate(model: str, prompt: str, options: GenerateOptions | None = None) ->
     """
     options = options or GenerateOptions()
     place = pick_device(options.device)
+    compute = Compute(pick_dtype(place), options.activations, options.threads)
     found = find(model, trust_remote_code=options.trust_remote_code)
     ids = _prompt_ids(prompt, found.tokenizer, options.chat)
     if not ids:
@@ -34,7 +35,7 @@ def generate(model: str, prompt: str, options: GenerateOptions | None = None) ->
     if found.context and len(ids) >= found.context:
         raise InputError("--prompt", None, f"has {len(ids)} tokens, the model's context {found.context}")
     room = options.max_new_tokens if found.context is None else min(options.max_new_tokens, found.context - len(ids))
-    loaded = found.open(Compute(activations=options.activations), place)
+    loaded = found.open(compute, place, kv=options.kv)
     sampling = Sampling(temperature=options.temperature, seed=options.seed)
     pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
     stopped = threading.Event()

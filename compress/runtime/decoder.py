@@ -30,8 +30,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from compress.families import FAMILIES, LINEAR_ROLES, Family
 from compress.kernels import native
 from compress.kernels.block import Block, Linear, Prepared, decode_attention, prepared
+from compress.plan import AttentionPlan
 from compress.runtime.cache import GrowingCache
 from compress.runtime.linear import PackedLinear, StoredLinear
+from compress.runtime.plan_cache import PlanCache
 
 GATES: Mapping[str, Literal["silu", "gelu_tanh"]] = MappingProxyType(
     {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -151,6 +153,7 @@ class FusedDecoder(nn.Module):
     layers: nn.ModuleList
     norm: nn.Module
     rotary_emb: nn.Module
+    attention_plan: AttentionPlan | None = None
     _plan: Plan | None = None  # one value, so that threads never see the steps of one state and the parts of another
 
     def forward(
@@ -165,8 +168,9 @@ class FusedDecoder(nn.Module):
     ) -> Any:
         """What the family's decoder returns for the same arguments, with a cache of ours where it would make one."""
         caching = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and caching and not self._learns(inputs_embeds):
-            past_key_values = GrowingCache(self.config)
+        if past_key_values is None and caching and not learns(self, inputs_embeds):
+            plan = self.attention_plan
+            past_key_values = GrowingCache(self.config) if plan is None else PlanCache(self.config, plan)
         if past_key_values is not None and inputs_embeds is None and self._asked(input_ids, attention_mask, kwargs):
             assert input_ids is not None
             steps = self._current_steps(past_key_values)
@@ -183,12 +187,6 @@ class FusedDecoder(nn.Module):
             use_cache=use_cache,
             **kwargs,
         )
-
-    def _learns(self, embeds: Tensor | None) -> bool:
-        """Whether a gradient may go through a cache, which then can't be one that is written in place."""
-        if not torch.is_grad_enabled():
-            return False
-        return (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in self.parameters())
 
     def _asked(self, ids: Tensor | None, mask: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the fused steps can answer these arguments."""
@@ -246,6 +244,13 @@ class FusedDecoder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plan": None}  # addresses aren't those of a copy
+
+
+def learns(decoder: nn.Module, embeds: Tensor | None) -> bool:
+    """Whether a gradient may go through a cache, which then can't be one that is written in place."""
+    if not torch.is_grad_enabled():
+        return False
+    return (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in decoder.parameters())
 
 
 def fused_class(family: Family) -> type[Any]:

@@ -3,14 +3,13 @@
 What their tensors mean stands in ``compress/artifact/compressed_tensors.py`` and ``gptq.py``, which write them.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from compress.artifact.compressed_tensors import FORMAT, schemes_of
+from compress.artifact.compressed_tensors import FORMAT, scheme_of, schemes_of
 from compress.artifact.gptq import gptq_scheme
 from compress.kernels.packing import BIT_WIDTHS, packed_words
 from compress.kernels.quant_linear import QuantWeight, from_compressed_tensors, from_gptq
@@ -98,16 +97,14 @@ class CompressedTensors(PackedFormat):
         return from_compressed_tensors(words, scale, zero, shape, scheme.bits, scheme.group_size, layout)
 
     def _scheme(self, name: str) -> Scheme:
-        """The scheme of a layer: a group that names it comes before one for all linear layers."""
-        for wanted in (name, "Linear"):
-            for targets, scheme in self._schemes:
-                if any(_matches(target, wanted) for target in targets):
-                    return scheme
-        raise self.tensors.problem(f"{name} is packed, and no group of quantization_config says how")
+        scheme = scheme_of(name, self._schemes)
+        if scheme is None:
+            raise self.tensors.problem(f"{name} is packed, and no group of quantization_config says how")
+        return scheme
 
 
 class Gptq(PackedFormat):
-    """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of a layer whose inputs are in their order.
+    """``qweight``, ``qzeros``, ``scales`` and, unless left out, ``g_idx`` of a layer whose inputs are in order.
 
     Args:
         tensors: of the folder.
@@ -127,16 +124,20 @@ class Gptq(PackedFormat):
         self.tensors.check(name + self.mark, (packed_words(shape[1], bits), shape[0]), (torch.int32,))
         self.tensors.check(f"{name}.scales", (groups, shape[0]), _SCALES)
         self.tensors.check(f"{name}.qzeros", (groups, packed_words(shape[0], bits)), (torch.int32,))
-        self.tensors.check(f"{name}.g_idx", (shape[1],), (torch.int32,))
-        return {name + self.mark, f"{name}.scales", f"{name}.qzeros", f"{name}.g_idx"}
+        found = {name + self.mark, f"{name}.scales", f"{name}.qzeros"}
+        order = f"{name}.g_idx"
+        if order in self.tensors.entries:  # some tools leave it out where it says nothing new
+            self.tensors.check(order, (shape[1],), (torch.int32,))
+            found.add(order)
+        return found
 
     def read(self, name: str, shape: tuple[int, int], layout: Layout) -> QuantWeight:
         """See :class:`PackedFormat`."""
-        words, scale, zeros, group = (
-            self.tensors.read(name + part) for part in (self.mark, ".scales", ".qzeros", ".g_idx")
-        )
-        if not torch.equal(group, torch.arange(shape[1], dtype=torch.int32) // (shape[1] // scale.shape[0])):
-            raise self.tensors.problem(f"its tensor {name}.g_idx isn't in order, though desc_act is false")
+        words, scale, zeros = (self.tensors.read(name + part) for part in (self.mark, ".scales", ".qzeros"))
+        order = f"{name}.g_idx"
+        plain = torch.arange(shape[1], dtype=torch.int32) // (shape[1] // scale.shape[0])
+        if order in self.tensors.entries and not torch.equal(self.tensors.read(order), plain):
+            raise self.tensors.problem(f"its tensor {order} isn't in order, though desc_act is false")
         return from_gptq(words, scale, zeros, self._scheme.bits, layout, self._version)
 
 
@@ -168,12 +169,6 @@ def _weights_only(group: Mapping[str, Any], form: str | None) -> bool:
         and weights.get("strategy") in ("group", "channel")
         and weights.get("actorder") in (None, "static", "weight")
     )
-
-
-def _matches(target: str, name: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target == name
 
 
 def _groups(tensors: StoredTensors, name: str, scheme: Scheme, shape: tuple[int, int]) -> int:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.calibrate.errors import InputError
 from compress.kernels import native
 from compress.kernels.quant_linear import (
     Activations,
@@ -45,8 +46,27 @@ class Compute:
     activations: Activations = "float"
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise InputError("--threads", self.threads, "nothing would be computed", allowed="from 1")
 
-class PackedLinear(nn.Module):
+
+class Stored(nn.Module):
+    """A module whose weights keep the type in which they are stored, also under ``half()`` or ``to(dtype)``."""
+
+    _stored: tuple[str, ...] = ("weight",)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stored":
+        before = {name: self._buffers[name] for name in self._stored}
+        super()._apply(fn, recurse)
+        for name, held in before.items():
+            new = self._buffers[name]
+            if held is not None and new is not None and new.dtype != held.dtype:
+                self._buffers[name] = held.to(new.device)
+        return self
+
+
+class PackedLinear(Stored):
     """A linear layer over packed codes.
 
     Args:
@@ -54,6 +74,8 @@ class PackedLinear(nn.Module):
         bias: [N], or None.
         compute: how it multiplies.
     """
+
+    _stored = ("scale",)
 
     def __init__(self, weight: QuantWeight, bias: Tensor | None, compute: Compute) -> None:
         super().__init__()
@@ -113,11 +135,11 @@ class PackedLinear(nn.Module):
         )
 
 
-class StoredLinear(nn.Module):
+class StoredLinear(Stored):
     """A linear layer that isn't quantized: its weight stays in the type of the file, products are in that of the input.
 
     Args:
-        weight: [N, K] float16, bfloat16 or float32; a tied head shares it with the embedding.
+        weight: [N, K] float16, bfloat16 or float32.
         bias: [N], or None.
     """
 
@@ -130,14 +152,7 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b`` of x [..., K], in the type of x; a wider type than the weight's goes over blocks of rows."""
-        if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight, self.bias)
-        wanted = x.requires_grad and torch.is_grad_enabled()
-        if x.dtype == torch.float32 and x.device.type == "cpu" and not wanted and native.library() is not None:
-            return cpu.quant_linear(x, self.weight, self.bias)
-        blocks = self.weight.split(_ROWS_AT_ONCE)
-        y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in blocks], dim=-1)
-        return y if self.bias is None else y + self.bias
+        return _product(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and type."""
@@ -146,7 +161,7 @@ class StoredLinear(nn.Module):
         return f"in_features={columns}, out_features={rows}, bias={self.bias is not None}, weight={kind}"
 
 
-class StoredEmbedding(nn.Module):
+class StoredEmbedding(Stored):
     """Token embeddings in the type of the file, handed out in that of the computation.
 
     Args:
@@ -170,6 +185,43 @@ class StoredEmbedding(nn.Module):
         """Sizes and type."""
         kind = str(self.weight.dtype).removeprefix("torch.")
         return f"{self.num_embeddings}, {self.embedding_dim}, weight={kind}"
+
+
+class TiedLinear(nn.Module):
+    """A head that multiplies with the embedding's weight, wherever and in whatever type that is.
+
+    Args:
+        embedding: whose weight is used; it stays a part of the model, and not of this.
+    """
+
+    def __init__(self, embedding: StoredEmbedding) -> None:
+        super().__init__()
+        self._tied = (embedding,)  # in a tuple, since a module would become a part of this one
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocabulary, hidden], the embedding's own tensor."""
+        return self._tied[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T`` of x [..., hidden], in the type of x."""
+        return _product(x, self.weight, None)
+
+    def extra_repr(self) -> str:
+        """Sizes and type."""
+        return f"tied to the embedding: {self._tied[0].extra_repr()}"
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` in the type of x, with a weight that may be of another type."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    wanted = x.requires_grad and torch.is_grad_enabled()
+    if x.dtype == torch.float32 and x.device.type == "cpu" and not wanted and native.library() is not None:
+        return cpu.quant_linear(x, weight, bias)
+    blocks = weight.split(_ROWS_AT_ONCE)
+    y = torch.cat([F.linear(x, rows.to(x.dtype)) for rows in blocks], dim=-1)
+    return y if bias is None else y + bias
 
 
 def layout_for(device: torch.device) -> Literal["planes", "rows"]:

@@ -1,22 +1,26 @@
 """Loading an artifact or any other model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.artifact.export import load_artifact, read_report
-from compress.artifact.inspect import intact
+from compress.artifact.inspect import changed_files
 from compress.calibrate.errors import InputError, did_you_mean
 from compress.checkpoint import read_json
-from compress.device import pick_device
+from compress.device import pick_device, pick_dtype
 from compress.kernels.quant_linear import Activations
 from compress.model import open_model
+from compress.plan import AttentionPlan, read_plan
 from compress.runtime.linear import ACTIVATIONS, Compute
+from compress.runtime.model import follow
 from compress.runtime.packed import packed_folder
+from compress.runtime.plan_cache import PlanCache
+from compress.runtime.rotary import without_state
 from compress.source import GGUF_FILE, download, hub_config_folder, hub_weight_bytes, locate
 
 
@@ -24,10 +28,11 @@ def load(
     model: str | Path,
     *,
     device: str = "auto",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     packed: bool = True,
     activations: Activations = "float",
     threads: int = 1,
+    kv: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an artifact, a Hub id, a folder or a ``.gguf`` file.
@@ -35,29 +40,28 @@ def load(
     Args:
         model: what to load. An artifact's files are checked against its report first.
         device: as on the command line.
-        dtype: of the computation.
+        dtype: of the computation; None is float32 on a CPU, on a GPU bfloat16 where it has it, else float16.
         packed: keep the linear layers of an artifact packed, see ``compress.runtime.packed``; False unpacks them. What
             isn't packed in a way that is run here (docs/running.md) is dense in either case.
         activations: ``int8`` multiplies packed weights with activations rounded to 8 bits on a CPU.
         threads: of packed layers on a CPU for a few tokens.
+        kv: let an artifact's attention plan decide on its KV cache; False keeps every token in the model's own type.
         trust_remote_code: let the tokenizer's own Python code run.
 
     Returns:
         A transformers model in eval mode, and its tokenizer.
 
     Raises:
-        InputError: no such model, a damaged artifact, or ``int8`` on a GPU.
+        InputError: no such model, a damaged artifact, a plan made for another model, or ``int8`` on a GPU.
     """
     if activations not in ACTIVATIONS:
         near = did_you_mean(activations, ACTIVATIONS)
         raise InputError("--activations", activations, "unknown", allowed=", ".join(ACTIVATIONS), fix=near)
-    if threads < 1:
-        raise InputError("threads", threads, "nothing would be computed", allowed="from 1")
     place = pick_device(device)
+    compute = Compute(pick_dtype(place) if dtype is None else dtype, activations, threads)
     _check_activations(activations, place)
     found = find(model, trust_remote_code=trust_remote_code)
-    compute = Compute(dtype, activations, threads)
-    return found.open(compute, place, packed), found.tokenizer
+    return found.open(compute, place, packed, kv), found.tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Unloaded:
         tokenizer: its tokenizer.
         load: loads it dense in the dtype given, on the CPU and in eval mode.
         folder: of a model that is quantized already, else None.
+        plan: what attention does at run time, if the model is an artifact with a plan.
+        cache: makes the cache of that plan.
     """
 
     context: int | None
@@ -77,16 +83,22 @@ class Unloaded:
     tokenizer: PreTrainedTokenizerBase
     load: Callable[[torch.dtype], PreTrainedModel]
     folder: Path | None = None
+    plan: AttentionPlan | None = None
+    cache: Callable[[], PlanCache] | None = None
 
-    def open(self, compute: Compute, device: torch.device, packed: bool = True) -> PreTrainedModel:
-        """Load it to a device, packed where it is packed in a way that is run, or dense.
+    def open(self, compute: Compute, device: torch.device, packed: bool = True, kv: bool = True) -> PreTrainedModel:
+        """Load it to a device, packed where it is packed in a way that is run, or dense; with its plan, if ``kv``.
 
         Raises:
             InputError: a tensor that isn't what its config says, or a device that can't compute as asked for.
         """
         _check_activations(compute.activations, device)
         held = packed_folder(self.folder) if packed and self.folder is not None else None
-        return self.load(compute.dtype).to(device) if held is None else held.load(compute, device)
+        model = self.load(compute.dtype).to(device) if held is None else held.load(compute, device)
+        without_state(model)
+        if self.plan is not None and kv:
+            follow(model, self.plan)
+        return model
 
 
 def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
@@ -103,28 +115,27 @@ def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
     if folder is None:
         view = open_model(str(model), trust_remote_code)
         context, vocabulary = (getattr(view.config, key, None) for key in ("max_position_embeddings", "vocab_size"))
-        return Unloaded(context, vocabulary, view.tokenizer(), view.load_dense)
-    config = read_json(folder / "config.json", str(model))
-    if damaged := _damaged(folder.resolve()):
-        raise InputError("--model", model, f"is damaged: {', '.join(damaged)} changed since it was written")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
-    return Unloaded(context, vocabulary, tokenizer, partial(load_artifact, folder), folder)
+        found = Unloaded(context, vocabulary, view.tokenizer(), view.load_dense)
+        place = None if view.path.is_file() else view.path
+    else:
+        place, config = folder, read_json(folder / "config.json", str(model))
+        context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        found = Unloaded(context, vocabulary, tokenizer, partial(load_artifact, folder), folder)
+    if place is None:
+        return found
+    if changed := changed_files(place.resolve()):
+        raise InputError("--model", model, f"is damaged: {', '.join(changed)} changed since it was written")
+    plan = read_plan(place)
+    if plan is None:
+        return found
+    cache = partial(PlanCache, AutoConfig.from_pretrained(str(place), trust_remote_code=False), plan)
+    return replace(found, plan=plan, cache=cache)
 
 
 def _check_activations(activations: Activations, device: torch.device) -> None:
     if activations == "int8" and device.type != "cpu":
         raise InputError("--activations", activations, f"runs on a CPU, not on {device}", fix="use --device cpu")
-
-
-def _damaged(folder: Path) -> list[str]:
-    """Files of an artifact, or of one of its other formats, that aren't those that its report names."""
-    for home, prefix in ((folder, ""), (folder.parent, f"{folder.name}/")):
-        if report := read_report(home):
-            files = {name: facts for name, facts in report["artifact"]["files"].items() if name.startswith(prefix)}
-            own = [name for name in files if "/" not in name.removeprefix(prefix)]
-            return [name for name in own if not intact(home / name, files[name])]
-    return []
 
 
 def _compressed_folder(model: str) -> Path | None:

@@ -1,16 +1,24 @@
-"""The transformers model around packed layers: its class, and the cache that it answers with."""
+"""The transformers model around its layers: its class, and the cache that it answers with."""
 
 from functools import cache
 from typing import Any, NoReturn
 
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from compress.families import Family
+from compress.plan import AttentionPlan
+from compress.runtime.attention import NAME
 from compress.runtime.cache import GrowingCache
+from compress.runtime.decoder import FusedDecoder, learns
+from compress.runtime.plan_cache import PlanCache
 
 
-class Answering:
-    """What is added to a transformers model with a language head: its own cache where the caller passes none."""
+class Caching:
+    """What is added to a transformers model with a language head: a cache of ours where the caller passes none."""
+
+    config: Any
+    attention_plan: AttentionPlan | None = None
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -18,8 +26,16 @@ class Answering:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         made: Any = model_kwargs.get("past_key_values")
-        if given is None and type(made) is DynamicCache and not made.offloading:
+        if given is not None or type(made) is not DynamicCache or made.offloading:
+            return
+        if self.attention_plan is None:
             made.layers = GrowingCache.growing(made.layers)
+        else:
+            model_kwargs["past_key_values"] = PlanCache(self.config, self.attention_plan)
+
+
+class Answering(Caching):
+    """A model over packed layers."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Packed layers have no form of their own on disk.
@@ -32,13 +48,71 @@ class Answering:
         )
 
 
+class PlannedDecoder(nn.Module):
+    """A decoder of plain layers that makes the cache of an attention plan where the caller passes none."""
+
+    config: Any
+    attention_plan: AttentionPlan
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What the family's decoder returns for the same arguments."""
+        caching = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and caching and not learns(self, inputs_embeds):
+            past_key_values = PlanCache(self.config, self.attention_plan)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
 def answering_class(family: Family) -> type[PreTrainedModel]:
     """The family's class with a language head and :class:`Answering`."""
     base: Any = family.load_class("ForCausalLM")
     return _answering(base)
 
 
+def follow(model: PreTrainedModel, plan: AttentionPlan) -> None:
+    """Let a model that was just loaded attend as a plan says, through the plan's cache where a caller passes none.
+
+    Args:
+        model: packed or dense.
+        plan: made for this model.
+
+    Raises:
+        InputError: it was made for another one.
+    """
+    plan.check(model.config)
+    decoder: Any = model.base_model
+    classes: tuple[Any, Any] = type(model), type(decoder)
+    model.set_attn_implementation(NAME)
+    if not isinstance(model, Caching):
+        model.__class__ = _with(Caching, classes[0])
+    if not isinstance(decoder, FusedDecoder):
+        decoder.__class__ = _with(PlannedDecoder, classes[1])
+    model.attention_plan = decoder.attention_plan = plan
+
+
 @cache
 def _answering(base: Any) -> type[PreTrainedModel]:
     members = {"__module__": __name__, "__doc__": f"{base.__name__} with packed layers."}
     return type(f"Packed{base.__name__}", (Answering, base), members)
+
+
+@cache
+def _with(first: Any, base: Any) -> Any:
+    """The base under its own name, which ``save_pretrained`` writes down, with another class before it."""
+    return type(base.__name__, (first, base), {"__module__": __name__, "__doc__": base.__doc__})

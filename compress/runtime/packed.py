@@ -16,10 +16,10 @@ from compress.calibrate.errors import InputError
 from compress.checkpoint import read_json
 from compress.families import FAMILIES, Family, check_config
 from compress.kernels import triton_support
-from compress.memory import release
+from compress.memory import release, trim
 from compress.runtime.decoder import fused_class
 from compress.runtime.formats import PackedFormat, packed_format
-from compress.runtime.linear import Compute, PackedLinear, StoredEmbedding, StoredLinear, layout_for
+from compress.runtime.linear import Compute, PackedLinear, StoredEmbedding, StoredLinear, TiedLinear, layout_for
 from compress.runtime.model import answering_class
 from compress.runtime.stored import StoredTensors
 
@@ -59,9 +59,9 @@ class PackedFolder:
         parts = self._checked(model)
         for name in sorted(parts, key=lambda name: parts[name], reverse=True):
             self._place(model, name, compute, device)
+            trim()  # what repacking left behind lies in between what stays, and would add up
         if isinstance(model.get_submodule(self.family.head), nn.Linear):  # tied: nothing of its own is stored
-            embedding = model.get_submodule(self.family.embed)
-            model.set_submodule(self.family.head, StoredLinear(embedding.weight, None))
+            model.set_submodule(self.family.head, TiedLinear(model.get_submodule(self.family.embed)))
         rotary = self.family.load_class("RotaryEmbedding")(model.config)
         model.set_submodule(self.family.rotary, rotary.to(device))
         model.generation_config = self._generation_config(model)

@@ -55,6 +55,8 @@ def serve(
             model,
             device=options.device,
             activations=options.activations,
+            threads=options.threads,
+            kv=options.kv,
             trust_remote_code=options.trust_remote_code,
         )
         settings = Settings(

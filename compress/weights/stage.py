@@ -19,7 +19,7 @@ from compress.calibrate.stream import ActivationFile
 from compress.calibrate.windows import expand
 from compress.calibrate.workers import Workers, one_thread
 from compress.events import LayerDone, LayerStarted, Message, ModuleDone, StageDone, StageStarted
-from compress.job import Estimate, Job, Result
+from compress.job import PROBE_TOKENS, Estimate, Job, Result
 from compress.model import ModelFacts, run_layer
 from compress.recipe import Recipe
 from compress.schema import Weights
@@ -33,7 +33,6 @@ from compress.weights.rotation import Rotations, describe, make_rotations, rotat
 from compress.weights.tuning import Parts, rms_norm
 from compress.weights.tuning_run import Tuned, tune
 
-PROBE_TOKENS = 64  # of the reload check
 HEAD_ROWS = 8192  # of the output head, quantized at once
 
 

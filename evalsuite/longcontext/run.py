@@ -17,6 +17,9 @@ from transformers import Cache
 CHUNK = 4096
 """Tokens of a prompt that go through the model at once."""
 
+QUESTION = 64
+"""Tokens at the end of a prompt that come through a caller's cache: what is given at once sees the text as it was."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -135,7 +138,8 @@ def string_match_all(given: str, expected: Sequence[str]) -> float:
 def _answer(model: Any, prompt: list[int], room: int, past: Cache | None, ends: set[int]) -> list[int]:
     """The likeliest token, again and again, until the answer is long enough or the model ends it."""
     ids = torch.tensor([prompt], device=model.device)
-    for part in ids.split(CHUNK, dim=1):
+    text = ids.shape[1] if past is None else max(0, ids.shape[1] - QUESTION)
+    for part in [part for side in (ids[:, :text], ids[:, text:]) for part in side.split(CHUNK, dim=1) if part.numel()]:
         found = model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = found.past_key_values
     said: list[int] = []

@@ -23,12 +23,14 @@ def score_conditions(report: Mapping[str, Any], one: Finding) -> dict[str, str]:
 def text_facts(report: Mapping[str, Any]) -> dict[str, Any]:
     """The text of perplexity and divergence, by name and by its tokens, and how it is cut."""
     settings = _eval_settings(report)
-    window, stride = settings.get("window"), settings.get("stride")
+    window, stride, prompt = (settings.get(key) for key in ("window", "stride", "kv_prompt"))
     return {
         "text": dig(report, "eval", "text"),
         "tokens of the text": _short(dig(report, "eval", "after", "text_tokens")),
         "window": window,
         "stride": None if stride == window else stride,
+        "prompt before the cache is measured": prompt,
+        "tokens at once through the cache": None if prompt is None else settings.get("kv_chunk"),
     }
 
 

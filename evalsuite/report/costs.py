@@ -68,10 +68,58 @@ def outcome(row: Mapping[str, Any]) -> tuple[Tone, str]:
 
 
 def cache(report: Mapping[str, Any]) -> Section | None:
-    """Bytes of the KV cache by length; None if they weren't measured."""
+    """Bytes of the KV cache by length, and beside other ways to keep it; None if they weren't measured."""
+    blocks = [*_measured_cache(report), *_schemes(report)]
+    if not blocks:
+        return None
+    return Section(
+        "kv",
+        "Memory of the conversation (KV cache)",
+        "KV cache",
+        "What the model has read is kept in memory, and grows with every token; fewer bytes are better."
+        " Counted in allocated bytes.",
+        tuple(blocks),
+    )
+
+
+def _schemes(report: Mapping[str, Any]) -> list[Block]:
+    """The cache beside other ways to keep it, counted without running the model."""
+    found = dig(report, "kv_bytes") or {}
+    entries = [entry for entry in found.get("rows") or [] if is_number(entry.get("allocated"))]
+    if not entries:
+        return []
+    own = found.get("scheme")
+    rows = tuple(
+        (
+            Cell(f"{entry['length']:,} tokens: {_scheme(entry, own)}", str(dig(found, "about", entry["scheme"]) or "")),
+            nbytes(entry.get("payload")),
+            nbytes(entry.get("stored")),
+            nbytes(entry["allocated"]),
+            times(entry.get("ratio")),
+        )
+        for entry in entries
+    )
+    missing = [f"{name} ({why})" for name, why in (found.get("missing") or {}).items()]
+    head = ("Cache", "Codes", "With scales and labels", "Allocated", "Smaller than 16 bits by")
+    blocks: list[Block] = [
+        Table("The cache beside other ways to keep it", head, rows, frozenset({1, 2, 3, 4}), stacked=True),
+        Note(
+            "Counted on caches that were filled with random numbers of the model's shape; the smallest isn't the best,"
+            " since what a cache loses isn't in these figures."
+        ),
+    ]
+    return [*blocks, Note(f"Not counted: {', '.join(missing)}.")] if missing else blocks
+
+
+def _scheme(entry: Mapping[str, Any], own: Any) -> str:
+    return "this cache" if entry["scheme"] == own else str(entry["scheme"])
+
+
+def _measured_cache(report: Mapping[str, Any]) -> list[Block]:
+    """What a benchmark of both models found."""
     found = [entry for entry in dig(report, "efficiency", "kv") or [] if is_number(entry.get("model_bytes"))]
     if not found:
-        return None
+        return []
     ratios = [entry["ratio"] for entry in found if is_number(entry.get("ratio"))]
     if ratios and all(abs(ratio - 1) <= SAME for ratio in ratios):
         text = "The cache takes as many bytes as the original's: nothing is saved here."
@@ -90,7 +138,7 @@ def cache(report: Mapping[str, Any]) -> Section | None:
         )
         for entry in found
     )
-    blocks: list[Block] = [
+    return [
         Note(text),
         Chart(
             "kv",
@@ -102,14 +150,6 @@ def cache(report: Mapping[str, Any]) -> Section | None:
             "Bytes of the KV cache by length", ("Length", "Original", "Compressed", "Ratio"), rows, frozenset({1, 2, 3})
         ),
     ]
-    return Section(
-        "kv",
-        "Memory of the conversation (KV cache)",
-        "KV cache",
-        "What the model has read is kept in memory, and grows with every token; fewer bytes are better."
-        " Counted in allocated bytes.",
-        tuple(blocks),
-    )
 
 
 def size(report: Mapping[str, Any]) -> Section | None:

@@ -97,6 +97,9 @@ def metric(name: str) -> str:
     base, comma, filtered = name.partition(",")
     if base.startswith("perplexity@"):
         window = base.partition("@")[2]
+        prompt, colon, whole = window.partition(":")
+        if colon:
+            return f"windows of {whole}, behind a prompt of {prompt} tokens"
         return f"windows of {int(window):,} tokens" if window.isdecimal() else f"windows of {window}"
     words = METRICS.get(base, base.replace("_", " "))
     return f"{words} ({filtered})" if comma else words

@@ -1,11 +1,16 @@
 """Figures of a compiled kernel, read from its binary with the tools in Triton's wheel; no GPU is asked."""
 
+import hashlib
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+# `v_accvgpr_write_b32 a3, v7`, `v_accvgpr_read_b32 v7, a3`, `v_accvgpr_mov_b32 a3, a4`; a constant is no spilled value
+_AMD_MOVE = r"^\s+v_accvgpr_(?:write|read|mov)_b32(?:_e\d+)?\s+[av]\S+,\s*[av]\S*"
 
 
 @dataclass(frozen=True)
@@ -14,11 +19,15 @@ class Readout:
 
     Attributes:
         registers: 32-bit registers a thread.
-        stack: bytes of stack a thread; spilled registers live there, so 0 means that there are none.
+        stack: bytes of stack a thread; spilled registers live there, on NVIDIA all of them.
         shared: bytes of shared memory a program.
         mma: tensor-core instructions, by their family: HMMA and IMMA, HGMMA and IGMMA (warp groups), MFMA (AMD).
         conversions: integer-to-float conversions.
         atomics: atomic operations on memory.
+        spills: vector registers that AMD's compiler says it spilled, wherever to, and moves between vector and
+            accumulation registers: it takes those as space to spill to before it takes the stack, and as plain copies
+            it doesn't count them.
+        scalar_spills: scalar registers that AMD's compiler keeps in lanes of vector registers.
     """
 
     registers: int
@@ -27,6 +36,14 @@ class Readout:
     mma: dict[str, int]
     conversions: int
     atomics: int
+    spills: int = 0
+    scalar_spills: int = 0
+
+
+@cache
+def version() -> str:
+    """A hash of this file: figures that another version of it read may be wrong or lack some."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def read(kernel: Any) -> Readout:
@@ -62,6 +79,8 @@ def _amd(text: str, shared: int) -> Readout:
         mma={"MFMA": count} if (count := sum(code.startswith("v_mfma_") for code in opcodes)) else {},
         conversions=sum(bool(re.match(r"v_cvt_(pk_)?f(16|32|64)_[iu]", code)) for code in opcodes),
         atomics=sum("_atomic_" in code for code in opcodes),
+        spills=_amd_figure(text, "vgpr_spill_count") + len(re.findall(_AMD_MOVE, text, re.MULTILINE)),
+        scalar_spills=_amd_figure(text, "sgpr_spill_count"),
     )
 
 

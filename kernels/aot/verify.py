@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.kernels import triton_support
-from compress.kernels.aot.readout import Readout, read
+from compress.kernels.aot.readout import Readout, read, version
 from compress.kernels.aot.targets import TARGETS, Target, pretended, target
 from compress.kernels.proofs import Compiled, Limits, spec, specs
 from compress.kernels.triton_support import Launch
+
+SCALAR_SPILLS = 64  # they fill the lanes of one vector register
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ def problems(found: Readout, limits: Limits, to: Target) -> tuple[str, ...]:
     group = to.name == "sm_90" and limits.wgmma
     checks = (
         (found.stack == 0, f"spills: {found.stack} bytes of stack a thread"),
+        (found.spills == 0, f"spills: {found.spills} vector registers or moves to and from accumulation registers"),
+        (
+            found.scalar_spills <= SCALAR_SPILLS,
+            f"spills: {found.scalar_spills} scalar registers, at most {SCALAR_SPILLS}",
+        ),
         (found.atomics == 0, f"{found.atomics} atomic operations"),
         (found.shared <= shared, f"{found.shared} bytes of shared memory, at most {shared}"),
         (
@@ -113,8 +120,11 @@ def problems(found: Readout, limits: Limits, to: Target) -> tuple[str, ...]:
 
 
 def _kept_readout(kernel: Any, cache: Path) -> Readout:
-    """The figures of a kernel, read once: its hash stands for source, options, target and Triton's version."""
-    kept = cache / f"{kernel.hash}.json"
+    """The figures of a kernel, read once: its hash stands for source, options, target and Triton's version.
+
+    The reader's own version is part of the name, so that a changed reader reads again.
+    """
+    kept = cache / f"{kernel.hash}-{version()}.json"
     if kept.exists():
         return Readout(**json.loads(kept.read_text()))
     found = read(kernel)

@@ -5,7 +5,8 @@
 
 from typing import Protocol
 
-from compress.kernels import native
+import torch
+from compress.kernels import dispatch, native
 from compress.kernels.block import cpu, reference
 from compress.kernels.block.reference import Activations, Block, Linear
 from torch import Tensor
@@ -49,22 +50,31 @@ class _PlainHead:
 
 def prepared(block: Block, threads: int = 1) -> Prepared:
     """The layer on the best path: C++ where every tensor is on the CPU and a build is there, else the reference."""
-    build = native.library() if block.attention_norm.device.type == "cpu" else None
+    build = _build(block.attention_norm.device)
     return _Plain(block) if build is None else cpu.NativeBlock(block, build, threads)
 
 
 def prepared_head(layer: Linear, norm: Tensor, epsilon: float, threads: int = 1) -> PreparedHead:
     """The end of a model on the best path."""
-    build = native.library() if norm.device.type == "cpu" else None
+    build = _build(norm.device)
     return _PlainHead(layer, norm, epsilon) if build is None else cpu.NativeHead(layer, norm, epsilon, build, threads)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """See :func:`compress.kernels.block.reference.decode_attention`; on a CPU float32 alone."""
-    build = native.library() if q.device.type == "cpu" else None
+    build = _build(q.device)
     if build is None:
         return reference.decode_attention(q, k, v, mask, scaling)
     return cpu.decode_attention(q, k, v, mask, scaling, build)
+
+
+def path(device: torch.device) -> dispatch.Path:
+    """The path that all of them take for tensors on a device; there is none for a GPU but the reference."""
+    return dispatch.pick(device, has_triton=False, has_native=True)
+
+
+def _build(device: torch.device) -> native.Library | None:
+    return None if path(device) == "reference" else native.library()
 
 
 __all__ = [
@@ -74,6 +84,7 @@ __all__ = [
     "Prepared",
     "PreparedHead",
     "decode_attention",
+    "path",
     "prepared",
     "prepared_head",
 ]

@@ -32,15 +32,16 @@ def flash_decode(
         k: keys after rotary embedding ``[B, Hkv, T, D]``; H is a multiple of Hkv.
         v: values ``[B, Hkv, T, D]``.
         scaling: factor of the scores; None for ``1 / sqrt(D)``.
-        bounds: integers ``[B, 2]``, first slot and one past the last; None: all slots of all sequences.
-        reach: integers ``[Hkv, 2]``, sink and window in tokens, window >= 1; None: full heads.
+        bounds: integers ``[B, 2]``, first slot and one past the last, ``0 <= first <= last <= T``; None: all slots of
+            all sequences. A GPU cuts them to what is allowed.
+        reach: integers ``[Hkv, 2]``, sink >= 0 and window >= 1 in tokens; None: full heads.
 
     Returns:
         Output ``[B, H, R, D]`` in the dtype of q, and the natural log-sum-exp of the scores ``[B, H, R]`` float32. A
         row before its sequence's first slot gives zeros and minus infinity.
 
     Raises:
-        ValueError: shapes that don't fit; a GPU that can't run the kernel.
+        ValueError: shapes, bounds or reach that don't fit; a GPU that can't run the kernel.
     """
     check(q, k, v, bounds, reach)
     if path(q) == "triton":

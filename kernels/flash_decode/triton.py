@@ -7,7 +7,7 @@ number of splits depends on the shapes and the GPU alone, and every split has it
 import math
 
 import torch
-from compress.kernels.flash_prefill.triton import UNLIMITED, load_rows, online_softmax
+from compress.kernels.flash_prefill.triton import UNLIMITED, load_rows, online_softmax, sequence_bounds
 from compress.kernels.triton_support import Launch, compute_type, jit, multiprocessors, tl
 from torch import Tensor
 
@@ -32,12 +32,11 @@ def decode_split(  # type: ignore[no-untyped-def]
     rows, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     first, end = 0, length
     if BOUNDS:
-        first = tl.load(bounds_ptr + batch * 2)
-        end = tl.load(bounds_ptr + batch * 2 + 1)
+        first, end = sequence_bounds(bounds_ptr, batch, length)
     places = end - COUNT + rows % COUNT
     sink, window, left = 0, 1 << 30, first
     if REACH:
-        sink = tl.minimum(tl.load(reach_ptr + kv_head * 2), end - first)
+        sink = tl.minimum(tl.maximum(tl.load(reach_ptr + kv_head * 2), 0), end - first)
         window = tl.load(reach_ptr + kv_head * 2 + 1)
         left = tl.maximum(first + sink, end - COUNT - window + 1)
     reachable = sink + tl.maximum(end - left, 0)

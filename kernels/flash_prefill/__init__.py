@@ -31,8 +31,10 @@ def flash_prefill(
         k: keys after rotary embedding ``[B, Hkv, T, D]``; H is a multiple of Hkv.
         v: values ``[B, Hkv, T, D]``.
         scaling: factor of the scores; None for ``1 / sqrt(D)``.
-        bounds: integers ``[B, 2]``, first slot and one past the last; None: all slots of all sequences.
-        reach: integers ``[Hkv, 2]``, sink and window in tokens, window >= 1; a window of T or more means a full head.
+        bounds: integers ``[B, 2]``, first slot and one past the last, ``0 <= first <= last <= T``; None: all slots of
+            all sequences. Only a GPU doesn't look at the numbers first, which would make it wait: there they are cut
+            to what is allowed.
+        reach: integers ``[Hkv, 2]``, sink >= 0 and window >= 1 in tokens; a window of T or more means a full head.
             None: full heads.
 
     Returns:
@@ -40,7 +42,7 @@ def flash_prefill(
         row outside its sequence's bounds gives zeros and minus infinity.
 
     Raises:
-        ValueError: shapes that don't fit; a GPU that can't run the kernel.
+        ValueError: shapes, bounds or reach that don't fit; a GPU that can't run the kernel.
     """
     check(q, k, v, bounds, reach)
     if path(q) == "triton":
@@ -56,7 +58,7 @@ def path(q: Tensor) -> dispatch.Path:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, reach: Tensor | None) -> None:
-    """The shapes of `flash_prefill` and `flash_decode`.
+    """The shapes of `flash_prefill` and `flash_decode`, and on a CPU the numbers of bounds and reach.
 
     Raises:
         ValueError: they don't fit each other.
@@ -71,5 +73,20 @@ def check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, reach: Tensor 
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"{q.shape[2]} query rows don't fit {k.shape[2]} keys")
     for name, pairs, rows in (("bounds", bounds, k.shape[0]), ("reach", reach, k.shape[1])):
-        if pairs is not None and (pairs.shape != (rows, 2) or pairs.is_floating_point()):
+        if pairs is None:
+            continue
+        if pairs.shape != (rows, 2) or pairs.is_floating_point():
             raise ValueError(f"{name} must be integers [{rows}, 2], got {pairs.dtype} of shape {list(pairs.shape)}")
+        if pairs.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like the queries, got {pairs.device}")
+    if q.device.type == "cpu":
+        _check_numbers(k.shape[2], bounds, reach)
+
+
+def _check_numbers(length: int, bounds: Tensor | None, reach: Tensor | None) -> None:
+    for b, (first, end) in enumerate(() if bounds is None else bounds.tolist()):
+        if not 0 <= first <= end <= length:
+            raise ValueError(f"bounds of sequence {b} are {first}:{end}, which isn't a range within {length} slots")
+    for head, (sink, window) in enumerate(() if reach is None else reach.tolist()):
+        if sink < 0 or window < 1:
+            raise ValueError(f"reach of KV head {head} is a sink of {sink} and a window of {window}, at least 0 and 1")

@@ -42,6 +42,13 @@ def load_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
+def sequence_bounds(bounds_ptr, batch, length):  # type: ignore[no-untyped-def]
+    """First slot of a sequence and one past its last, cut to the keys that there are: nobody checked them before."""
+    first = tl.minimum(tl.maximum(tl.load(bounds_ptr + batch * 2), 0), length)
+    return first, tl.minimum(tl.maximum(tl.load(bounds_ptr + batch * 2 + 1), first), length)
+
+
+@jit
 def attend_range(  # type: ignore[no-untyped-def]
     m, total, acc, q, k_ptr, v_ptr, k_row, v_row, d, places, low, high, window, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, TYPE: tl.constexpr,
@@ -75,8 +82,7 @@ def prefill(  # type: ignore[no-untyped-def]
     places = offset + rows
     first, end = 0, length
     if BOUNDS:
-        first = tl.load(bounds_ptr + batch * 2)
-        end = tl.load(bounds_ptr + batch * 2 + 1)
+        first, end = sequence_bounds(bounds_ptr, batch, length)
     nearest, farthest = offset + block * BLOCK_R, offset + block * BLOCK_R + BLOCK_R - 1
     stop = tl.where(nearest < end, tl.minimum(farthest + 1, end), first)
 
@@ -89,7 +95,7 @@ def prefill(  # type: ignore[no-untyped-def]
     whole, window = first, 1 << 30
     if REACH:
         window = tl.load(reach_ptr + kv_head * 2 + 1)
-        sink = tl.minimum(first + tl.load(reach_ptr + kv_head * 2), stop)
+        sink = tl.minimum(first + tl.maximum(tl.load(reach_ptr + kv_head * 2), 0), stop)
         m, total, acc = attend_range(m, total, acc, q, k_ptr, v_ptr, k_row, v_row, d, places, first, sink, 1 << 30,
                                      scale, D, BLOCK_D, BLOCK_K, True, TYPE)  # fmt: skip
         left = tl.maximum(sink, nearest - window + 1)

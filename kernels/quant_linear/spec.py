@@ -28,12 +28,17 @@ def _in_rows(weight: QuantWeight) -> QuantWeight:
 
 
 def _exact(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:
-    """Every weight by its formula, in float64."""
+    """In float64."""
+    y = torch.einsum("...k,nk->...n", x.double(), exact_weights(weight))
+    return y + (0 if bias is None else bias.double())
+
+
+def exact_weights(weight: QuantWeight) -> Tensor:
+    """Every weight by its formula, ``[N, K]`` float64."""
     codes, scale, zero = to_codes(weight)
     group = torch.arange(weight.shape[1]) // weight.group_size
     point = 2 ** (weight.bits - 1) if zero is None else zero.double()[:, group]
-    W = (codes.double() - point) * scale.double()[:, group]
-    return torch.einsum("...k,nk->...n", x.double(), W) + (0 if bias is None else bias.double())
+    return (codes.double() - point) * scale.double()[:, group]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from compress.evalsuite.efficiency import HighWater, allocated
 from compress.kernels import native, triton_support
 from compress.kernels.quant_linear import quant_linear
 from models import CONFIGS, save_tiny
-from runs import distance, logits, quick, stored
+from runs import distance, logits, quick, refused, stored
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.device import pick_dtype
 from compress.evaluate import evaluate
 from compress.memory import release
 from compress.options import EvalOptions
@@ -140,6 +142,37 @@ def test_nothing_dense_stays(artifacts: Artifacts) -> None:
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), copy.deepcopy, Tensor.clone])
+def test_a_tied_head_stays_one_with_the_embedding(artifacts: Artifacts, change: Callable[[Any], Any]) -> None:
+    model, _ = load(artifacts("qwen2"))
+    before = allocated(model).nbytes, model.model.embed_tokens.weight.dtype
+    changed = model._apply(change) if change is Tensor.clone else change(model)  # as to(device) does
+    head, embedding = changed.lm_head.weight, changed.model.embed_tokens.weight
+    assert head is embedding
+    assert allocated(changed).nbytes <= before[0]
+    assert embedding.dtype == before[1]
+    if change is copy.deepcopy:
+        assert embedding.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+        model.model.embed_tokens.weight.zero_()
+        assert embedding.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sets", [CHANNELS, ASYMMETRIC], ids=["bfloat16", "float16"])
+def test_stored_scales_keep_their_type(artifacts: Artifacts, sets: tuple[str, ...], dtype: torch.dtype) -> None:
+    model, _ = load(artifacts("llama_untied", *sets))
+    layer, scale = model.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.up_proj.scale.clone()
+    expected = logits(model)
+    assert scale.dtype == (torch.bfloat16 if sets is CHANNELS else torch.float16)
+    model.to(dtype)
+    assert torch.equal(layer.scale, scale)
+    assert layer.scale.dtype == scale.dtype
+    assert model.model.embed_tokens.weight.dtype == scale.dtype
+    found = logits(model)
+    assert found.dtype == layer.bias.dtype == dtype
+    assert distance(found.float(), expected) < (1e-6 if dtype == torch.float32 else 0.1)
+
+
 @pytest.mark.skipif(not HighWater(torch.device("cpu")).resettable, reason="memory high water can't be begun anew here")
 def test_peak_memory_while_loading(tmp_path: Path, text: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 4}
@@ -162,8 +195,46 @@ def test_threads(artifacts: Artifacts, threads: int) -> None:
     one, more = load(artifacts("llama"))[0], load(artifacts("llama"), threads=threads)[0]
     settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
     assert torch.equal(one.generate(**padded(2, 6), **settings), more.generate(**padded(2, 6), **settings))
-    with pytest.raises(InputError, match="threads"):
+    with pytest.raises(InputError, match="--threads=0: nothing would be computed"):
         load(artifacts("llama"), threads=0)
+    layers = [module for module in more.modules() if isinstance(module, PackedLinear)]
+    assert {layer.threads for layer in layers} == {threads}
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "bench", "eval"])
+def test_threads_of_commands(
+    artifacts: Artifacts, command: str, monkeypatch: pytest.MonkeyPatch, text: Path
+) -> None:
+    found: list[Compute] = []
+
+    def stop(self: Any, compute: Compute, *args: Any, **kwargs: Any) -> None:
+        found.append(compute)
+        raise InputError("--model", "x", "was to be loaded")
+
+    monkeypatch.setattr(loading.Unloaded, "open", stop)
+    others = {
+        "generate": ["--prompt", "a"],
+        "serve": ["--port", "0"],
+        "bench": ["--against", str(artifacts("llama")), "--prompt-tokens", "8", "--lengths", "8", "--new-tokens", "2"],
+        "eval": ["--packed", "--text", str(text), "--window", "16", "--windows", "1"],
+    }[command]
+    assert "was to be loaded" in refused(command, str(artifacts("llama")), *others, "--threads", "3")
+    assert {compute.threads for compute in found} == {3}
+    assert "0" in refused(command, str(artifacts("llama")), *others, "--threads", "0")
+
+
+def test_the_type_that_a_device_computes_in(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(artifacts("llama"))[0].dtype == pick_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    found: list[Compute] = []
+    monkeypatch.setattr(loading.Unloaded, "open", lambda self, compute, *args, **kwargs: found.append(compute))
+    monkeypatch.setattr(loading, "pick_device", lambda name: torch.device("cuda"))
+    for native_bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, held=native_bf16: held)
+        load(artifacts("llama"))
+        assert found[-1].dtype == expected
+        load(artifacts("llama"), dtype=torch.float32)
+        assert found[-1].dtype == torch.float32
 
 
 def test_evaluation_packed(artifacts: Artifacts, text: Path) -> None:
@@ -260,6 +331,26 @@ def test_tensors_that_are_not_what_they_should_be(
     with pytest.raises(InputError, match=problem) as caught:
         load(damaged(artifacts, tmp_path, change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_gptq_without_an_order_of_inputs(artifacts: Artifacts, tmp_path: Path, desc_act: bool) -> None:
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".g_idx")]:
+            del tensors[name]
+
+    folder = damaged(artifacts, tmp_path, leave_out, "gptq")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = desc_act
+    (folder / "config.json").write_text(json.dumps(config))
+    if desc_act:
+        with pytest.raises(InputError, match=r"lacks the tensor .*\.g_idx, which desc_act needs"):
+            load(folder)
+        return
+    packed, dense = pair(folder)
+    assert isinstance(packed.model.layers[0].mlp.up_proj, PackedLinear)
+    assert distance(logits(packed), logits(dense)) < 1e-4
+    assert torch.equal(logits(packed), logits(load(artifacts("llama") / "gptq")[0]))
 
 
 def test_gptq_out_of_order(artifacts: Artifacts, tmp_path: Path) -> None:

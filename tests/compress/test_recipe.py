@@ -41,11 +41,18 @@ def test_every_key_of_a_shipped_recipe_carries_the_comment_of_the_schema(name):
     assert seen == sum(len(values) for values in parse(recipe_source(name)).values() if isinstance(values, dict)) > 0
 
 
-@pytest.mark.parametrize("name", ["gptq", "rsq"])
-def test_full_recipes_write_every_key(name):
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("gptq", {"kv"}),
+        ("rsq", {"kv"}),
+        *((name, {"calibration", "weights"}) for name in ("zipcache", "zipcache-plus")),
+    ],
+)
+def test_full_recipes_write_every_key(name, absent):
     content = parse(recipe_source(name))
-    assert {section: list(content[section]) for section in SECTIONS} == {
-        section: list(model.model_fields) for section, model in SECTIONS.items()
+    assert {section: list(content[section]) for section in SECTIONS if section not in absent} == {
+        section: list(model.model_fields) for section, model in SECTIONS.items() if section not in absent
     }
 
 
@@ -71,10 +78,23 @@ def test_rtn_needs_no_text():
     assert Recipe.load("rtn").calibration is None
 
 
+def test_the_defaults_of_the_section_kv_are_zipcache_plus():
+    assert Recipe.load("zipcache-plus").kv == Recipe.load({"kv": {}}).kv
+    assert Recipe.load("zipcache-plus").weights is None
+
+
+def test_zipcache_has_the_settings_of_the_paper():
+    kv = Recipe.load("zipcache").kv
+    assert (kv.ratio, kv.high_bits, kv.low_bits, kv.boundary_bits) == (0.6, (4, 4), (2, 2), None)
+    assert (kv.key_scheme, kv.value_cst, kv.center, kv.rotate, kv.key_cst, kv.clip) == ("channel", True, *[False] * 4)
+    assert (kv.sinks, kv.window_bits, kv.window_min, kv.flush, kv.first_flush) == (0, 16, 0, 100, 1)
+    assert (kv.probe_recent, kv.probe_random, kv.probe_cap, kv.normalizer) == (0.05, 0.05, 0, "probes")
+
+
 # Loading, inheriting, writing back
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("zipcache")])
 def test_to_yaml_reads_back_as_an_equal_recipe(name, tmp_path):
     recipe = Recipe.load(
         name, ["weights.damp=1e-5", r"weights.overrides={'\.down_proj$': 8}", "description='no: a # b'", "eval.text=no"]
@@ -88,6 +108,15 @@ def test_to_yaml_reads_back_as_an_equal_recipe(name, tmp_path):
     assert again.eval.text == "no"
 
 
+@pytest.mark.parametrize("name", ["zipcache", "zipcache-plus"])
+def test_a_recipe_of_the_cache_reads_back(name, tmp_path):
+    recipe = Recipe.load(name, ["kv.high_bits=[4, 2]", "calibration.samples=2", "kv.budget=5"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+    assert (recipe.kv.high_bits, recipe.kv.budget) == ((4, 2), 5.0)
+
+
 def test_to_yaml_leaves_out_an_absent_section():
     text = Recipe.load("rsq", ["eval=null"]).to_yaml()
     assert "eval:" not in text
@@ -95,7 +124,7 @@ def test_to_yaml_leaves_out_an_absent_section():
 
 
 def test_to_yaml_explains_every_key():
-    text = Recipe.load("rsq").to_yaml()
+    text = Recipe.load("rsq", ["kv=zipcache"]).to_yaml()
     words = " ".join(line.strip(" #") for line in text.splitlines())
     assert all(comment(section, key) in words for section, model in SECTIONS.items() for key in model.model_fields)
 

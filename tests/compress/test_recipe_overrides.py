@@ -32,6 +32,11 @@ from compress.recipe import Recipe
         ("eval.lengths=[512, 1024]", (512, 1024)),
         ("eval.lengths=512", (512,)),
         ("export.formats=compressed-tensors", ("compressed-tensors",)),
+        ("kv.high_bits=2", (2, 2)),
+        ("kv.high_bits=[4, 2]", (4, 2)),
+        ("kv.boundary_bits=null", None),
+        ("kv.ratio=1", 1.0),
+        ("kv.budget=null", None),
     ],
 )
 def test_override_is_typed_like_yaml(override, value):
@@ -39,6 +44,12 @@ def test_override_is_typed_like_yaml(override, value):
     found = getattr(getattr(Recipe.load("rsq", [override]), section), key)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_section_can_be_that_of_another_recipe():
+    recipe = Recipe.load("rsq", ["kv=zipcache", "kv.ratio=0.5"])
+    assert (recipe.name, recipe.kv.ratio, recipe.kv.key_scheme) == ("rsq", 0.5, "channel")
+    assert recipe.weights == Recipe.load("rsq").weights
 
 
 def test_the_last_override_wins_and_null_removes_a_section():
@@ -96,6 +107,18 @@ def test_the_last_override_wins_and_null_removes_a_section():
         ("eval.lengths=[512, 0]", ["eval.lengths[1]=0", ">= 1"]),
         ("eval.lengths=512,512", ["eval.lengths", "twice"]),
         ("eval.depths=0", ["eval.depths=0"]),
+        ("kv=3", ["kv=3", "is a section", "kv=RECIPE"]),
+        ("kv=rtn", ["kv=rtn", "without the section 'kv'"]),
+        ("kv=zipcach", ["zipcach", "did you mean 'zipcache'?"]),
+        ("kv.method=kivi", ["kv.method=kivi", "zipcache"]),
+        ("kv.ratio=1.5", ["kv.ratio=1.5", ">= 0 and <= 1"]),
+        ("kv.high_bits=3", ["kv.high_bits[0]=3", "2, 4, or a pair"]),
+        ("kv.high_bits=[4, 4, 4]", ["kv.high_bits", "2, 4, or a pair"]),
+        ("kv.boundary_bits=8", ["kv.boundary_bits", "2, 4", "null"]),
+        ("kv.sinks=-1", ["kv.sinks=-1", ">= 0"]),
+        ("kv.window_bits=4", ["kv.window_bits=4", "8, 16"]),
+        ("kv.flush=0", ["kv.flush=0", ">= 1"]),
+        ("kv.budget=1", ["kv.budget=1", "> 1, null"]),
     ],
 )
 def test_bad_override_is_refused_with_key_value_and_way_out(override, parts):
@@ -113,6 +136,12 @@ def test_bad_override_is_refused_with_key_value_and_way_out(override, parts):
         ("gptq", ["weights.method=rtn"], ["weights.clip=hessian", "none, mse"]),
         ("rtn", ["weights.method=gptq"], ["weights.method=gptq", "calibration"]),
         ("rsq", ["calibration=null"], ["weights.method=gptq", "calibration"]),
+        ("zipcache-plus", ["kv.high_bits=2", "kv.low_bits=4"], ["kv.high_bits=[2, 2]", "kv.low_bits=[2, 2]"]),
+        ("zipcache-plus", ["kv.key_scheme=channel"], ["kv.center=True", "kv.key_scheme=token"]),
+        ("zipcache", ["kv.key_cst=true"], ["kv.key_cst=True", "kv.key_scheme=token"]),
+        ("zipcache", ["kv.probe_recent=0.6", "kv.probe_random=0.6"], ["kv.probe_random=0.6", "0 to 0.4"]),
+        ("zipcache", ["kv.probe_recent=0", "kv.probe_random=0"], ["kv.probe_recent=0", "kv.ratio=0 or 1"]),
+        ("zipcache-plus", ["kv.budget=5"], ["kv.budget=5", "--calibration auto"]),
     ],
 )
 def test_keys_that_exclude_each_other(source, overrides, parts):

@@ -53,6 +53,7 @@ def test_caches_are_made_in_the_callers_thread_and_used_in_others(
         return made[-1][0]
 
     settings = EvalSettings(window=32, windows=4, lengths=(600,), depths=3, task_path=str(task_folder), batch_size=2)
+    settings = settings.through_cache()
     material = Material(tokenise(text, tokenizer), reference=Reference(tmp_path))
     plain = score(model, tokenizer, [task], settings, material)
     found = score(model, tokenizer, [task], settings, replace(material, reference=copy.copy(material.reference)), cache)

@@ -193,6 +193,7 @@ def test_divergence_beside_perplexity(diverged, model, tokenizer, material):
 @pytest.mark.parametrize(("tasks", "count"), [(["perplexity"], 5), (["divergence"], 5 + 1), (["sums"], 6)])
 def test_everything_goes_through_the_cache(model, tokenizer, settings, material, tmp_path, tasks, count):
     used = replace(material, reference=Reference(tmp_path))
+    settings = settings.through_cache()
     score(model, tokenizer, tasks, settings, used)
     made = []
 

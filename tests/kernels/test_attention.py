@@ -1,8 +1,11 @@
 """The attention operations against transformers' attention and against each other."""
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
+import bounds_of_triton
 import pytest
 import torch
 from compress.kernels import triton_support
@@ -125,6 +128,28 @@ def test_wrong_shapes_are_told() -> None:
         attention_mass(q, k, None, 1.0, 0)
     with pytest.raises(ValueError, match=r"rows must be integers \[5\]"):
         attention_mass(q, k, torch.tensor([1.0] * 5), 1.0)
+
+
+@pytest.mark.parametrize("op", [flash_prefill, flash_decode])
+def test_bounds_and_reach_beyond_the_keys_are_told(op: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    q, k, v = tensors(2, 4, 2, 5, 9)
+    for bad in ([0, 10], [-1, 9], [6, 5], [10, 10]):
+        with pytest.raises(ValueError, match=f"bounds of sequence 1 are {bad[0]}:{bad[1]}, .* within 9 slots"):
+            op(q, k, v, None, torch.tensor([[0, 9], bad]))
+    for bad in ([-1, 3], [0, 0], [2, -4]):
+        with pytest.raises(ValueError, match=f"KV head 1 is a sink of {bad[0]} and a window of {bad[1]}"):
+            op(q, k, v, None, None, torch.tensor([[0, 9], bad]))
+    with pytest.raises(ValueError, match="bounds must be on cpu like the queries, got meta"):
+        op(q, k, v, None, torch.empty(2, 2, dtype=torch.int32, device="meta"))
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not triton_support.AVAILABLE, reason="Triton has no wheel for this platform")
+def test_bounds_beyond_the_keys_are_cut_on_a_gpu(interpreter: ProcessPoolExecutor) -> None:
+    """Looking at them first would mean waiting for the GPU, so the kernels see to it that nothing else is read."""
+    found = interpreter.submit(bounds_of_triton.cuts).result()
+    assert len(found) == 6
+    assert all(found.values()), found
 
 
 @pytest.mark.skipif(not triton_support.AVAILABLE, reason="Triton has no wheel for this platform")

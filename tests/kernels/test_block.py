@@ -93,6 +93,17 @@ def test_int8_activations(build: native.Library) -> None:
 
 
 @pytest.mark.parametrize("build", BUILDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_threads_change_no_bit(build: native.Library, activations: str) -> None:
+    block = replace(make(head_norms=True), activations=activations)
+    hidden, (cos, sin), attention = torch.randn(3, HIDDEN), turns(3, HEAD), torch.randn(3, HEADS * HEAD)
+    one, three = (cpu.NativeBlock(block, build, threads) for threads in (1, 3))
+    for found, wanted in zip(three.before(hidden, cos, sin), one.before(hidden, cos, sin), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(three.after(attention, hidden.clone()), one.after(attention, hidden.clone()))
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("layer", [packed(70, 64, 8), plain(70, 50, torch.float32), plain(70, 50, torch.float16)])
 def test_the_end_of_a_model(build: native.Library, layer: Linear) -> None:
     columns = layer.weight.shape[1]
@@ -183,7 +194,9 @@ def test_tensors_that_do_not_fit_are_named() -> None:
 def test_without_a_compiled_library(monkeypatch: pytest.MonkeyPatch) -> None:
     block, hidden, (cos, sin) = make(), torch.randn(1, HIDDEN), turns(1, HEAD)
     fast = op.prepared(block).before(hidden, cos, sin)
+    assert op.path(hidden.device) == (f"native-{BUILDS[-1].name}" if BUILDS else "reference")
     monkeypatch.setattr(native, "library", lambda: None)
+    assert op.path(hidden.device) == "reference"
     for found, wanted in zip(op.prepared(block).before(hidden, cos, sin), fast, strict=True):
         assert close(found, wanted)
     weight = block.q.weight

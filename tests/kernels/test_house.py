@@ -1,12 +1,15 @@
 """What the four proofs stand on: the readout and its limits, the choice of a path, the launches."""
 
-from dataclasses import replace
+import importlib
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compress.kernels import aot, dispatch, native, proofs, triton_support
-from compress.kernels.aot import Readout, problems
+from compress.kernels.aot import Readout, problems, verify
 from compress.kernels.proofs import Compiled, Limits
 from compress.kernels.triton_support import Launch, jit, tl
 
@@ -32,6 +35,9 @@ def _launch() -> Launch:
     [
         (GOOD, Limits(), "sm_90", None),
         (replace(GOOD, stack=8), Limits(), "sm_90", "spills: 8 bytes"),
+        (replace(GOOD, spills=2), Limits(), "gfx942", "spills: 2 vector registers or moves"),
+        (replace(GOOD, scalar_spills=65), Limits(), "gfx942", "spills: 65 scalar registers, at most 64"),
+        (replace(GOOD, scalar_spills=64), Limits(), "gfx942", None),
         (replace(GOOD, atomics=1), Limits(), "sm_90", "1 atomic"),
         (GOOD, Limits(registers=99), "sm_80", "100 registers, at most 99"),
         (GOOD, Limits(registers=99), "gfx942", None),
@@ -49,6 +55,47 @@ def _launch() -> Launch:
 def test_limits(readout: Readout, limits: Limits, to: str, problem: str | None):
     found = problems(readout, limits, aot.target(to))
     assert found == () if problem is None else len(found) == 1 and problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "count", "problem"),
+    [
+        ("v_mfma_f32_32x32x8_f16 a[0:15], v[0:1], v[2:3], a[0:15]", 0, None),
+        ("v_accvgpr_write_b32 a0, 0", 0, None),
+        ("v_accvgpr_write_b32 a255, v17", 0, "spills: 1 vector registers or moves"),
+        ("v_accvgpr_read_b32 v17, a255 ;  Reload Reuse", 0, "spills: 1 vector registers or moves"),
+        ("v_accvgpr_mov_b32 a3, a4", 0, "spills: 1 vector registers or moves"),
+        ("v_add_u32_e32 v1, v2, v3", 7, "spills: 7 vector registers or moves"),
+    ],
+)
+def test_spills_on_amd_are_seen_wherever_they_go(line: str, count: int, problem: str | None):
+    text = f"""
+kernel:
+        {line}
+        s_endpgm
+amdhsa.kernels:
+  - .agpr_count:     4
+    .private_segment_fixed_size: 0
+    .sgpr_spill_count: 3
+    .vgpr_count:     260
+    .vgpr_spill_count: {count}
+"""
+    found = aot.read(SimpleNamespace(asm={"amdgcn": text}, metadata=SimpleNamespace(shared=0)))
+    assert found.scalar_spills == 3
+    broken = problems(found, Limits(mma=False), aot.target("gfx942"))
+    assert broken == () if problem is None else len(broken) == 1 and problem in broken[0]
+
+
+@needs_triton
+def test_another_reader_does_not_serve_what_this_one_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = Compiled("careless", _launch, Limits(mma=False))
+    fresh = aot.check("op", made, aot.TARGETS[0], tmp_path)
+    assert fresh.problems
+    (kept,) = tmp_path.glob("*.json")
+    kept.write_text(json.dumps(asdict(GOOD)))
+    assert aot.check("op", made, aot.TARGETS[0], tmp_path).readout == GOOD  # it is served while the reader is the same
+    monkeypatch.setattr(verify, "version", lambda: "another")
+    assert aot.check("op", made, aot.TARGETS[0], tmp_path).readout == fresh.readout
 
 
 @needs_triton
@@ -133,6 +180,17 @@ def test_same_bits():
     zero = torch.zeros(2)
     assert proofs.same_bits(zero, zero.clone())
     assert not proofs.same_bits(zero, -zero)
+
+
+def test_every_operation_is_proved():
+    """Every folder that is an operation has a spec; the two without a GPU kernel are named in docs/kernels.md."""
+    folders = {path.parent.name for path in Path(proofs.__file__).parent.glob("*/__init__.py")}
+    assert {op.name for op in proofs.specs()} == folders - {"aot", "native"}
+    assert {op.name for op in proofs.specs() if op.triton is None} == {"block", "packing"}
+    for op in proofs.specs():
+        assert bool(op.configurations) == (op.triton is not None), op.name
+        package = importlib.import_module(f"compress.kernels.{op.name}")
+        assert callable(getattr(package, "path", None)) or op.name == "packing", op.name
 
 
 def test_names_are_unique():

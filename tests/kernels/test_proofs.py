@@ -4,12 +4,9 @@ Triton decides between compiler and interpreter when it is imported, for the who
 the compiler, as users have it, and run the interpreter in one child process a session with ``TRITON_INTERPRET=1``.
 """
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import bfloat16_canary
 import pytest
@@ -28,15 +25,6 @@ def _cases(with_triton: bool = False, one_dtype: bool = False) -> list[object]:
         for dtype in case.dtypes[: 1 if one_dtype else None]
         if op.triton is not None or not with_triton
     ]
-
-
-@pytest.fixture(scope="session")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process where Triton is the interpreter."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
-            assert pool.submit(triton_support.interpreting).result()
-        yield pool
 
 
 @pytest.fixture(scope="session")

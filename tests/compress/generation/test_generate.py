@@ -35,8 +35,8 @@ def test_generation_stops_when_nobody_listens(tiny: Tiny, monkeypatch: pytest.Mo
     steps: list[None] = []
     real = Unloaded.open
 
-    def counted(self: Unloaded, *args: object) -> object:
-        model = real(self, *args)  # type: ignore[arg-type]
+    def counted(self: Unloaded, *args: object, **kwargs: object) -> object:
+        model = real(self, *args, **kwargs)  # type: ignore[arg-type]
         model.register_forward_pre_hook(lambda *_: steps.append(None))
         return model
 
@@ -51,7 +51,7 @@ def test_generation_stops_when_nobody_listens(tiny: Tiny, monkeypatch: pytest.Mo
 def test_a_long_prompt_is_refused_before_the_model_is_loaded(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, chat: str
 ) -> None:
-    monkeypatch.setattr(Unloaded, "open", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Unloaded, "open", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     line = refused("generate", str(tiny("llama")), chat, "--prompt", "z" * 600)
     assert "--prompt: has 6" in line
     assert "the model's context 512" in line

@@ -1,0 +1,80 @@
+"""Weights that no stage changes: what a recipe without the section ``weights`` makes an artifact of.
+
+Those of a packed artifact are taken over as they are; those of any other model are written part by part in its own
+type, so that no more than one layer is in memory.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from compress.artifact.packed_checkpoint import PackedCheckpoint, stored_view
+from compress.calibrate.errors import InputError
+from compress.job import PROBE_TOKENS, Job, Result
+from compress.model import ModelView, run_layer
+from compress.weights.choices import storage_dtype
+from compress.weights.tuning import rms_norm
+
+
+def keep(job: Job) -> Result:
+    """The model's own weights as a result.
+
+    Raises:
+        InputError: the type of ``export.dtype`` is too narrow for them.
+    """
+    view = job.view
+    checkpoint = view.checkpoint
+    dtype = storage_dtype(view.facts, job.recipe)
+    carried = isinstance(checkpoint, PackedCheckpoint)
+    parts = checkpoint.parts if isinstance(checkpoint, PackedCheckpoint) else list(_written(job, dtype))
+    schemes = checkpoint.schemes if isinstance(checkpoint, PackedCheckpoint) else {}
+    probe = _probe(job)
+    result = Result(parts, schemes, False, dtype, probe, torch.empty(0), view.path if carried else None)
+    result.logits = answer(stored_view(view, result), probe)
+    return result
+
+
+@torch.no_grad()
+def answer(view: ModelView, ids: Tensor) -> Tensor:
+    """Logits ``[T, vocab]`` of a model for tokens ``[T]``, one layer in memory at a time."""
+    hidden = view.embed_weight()[ids].unsqueeze(0)
+    positions = view.position_embeddings(len(ids))
+    for index in range(view.num_layers):
+        layer = view.build_layer(index, view.layer_weights(index))
+        hidden = run_layer(layer, hidden, positions, view.attention_mask(index, len(ids)))
+    normed = rms_norm(hidden[0].double(), view.final_norm_weight().double(), view.config.rms_norm_eps)
+    return normed.float() @ view.head_weight().t()
+
+
+def _written(job: Job, dtype: torch.dtype) -> Iterator:
+    """The files of the model, as the stage ``weights`` orders them; what an earlier attempt left is used again."""
+    for name, tensors in _parts(job.view):
+        path = job.folder.path / name
+        if not path.exists():
+            stored = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+            for key, tensor in stored.items():
+                if not torch.isfinite(tensor).all():
+                    fix = "set export.dtype=bfloat16 or float32"
+                    raise InputError("export.dtype", dtype, f"is too narrow for the values of {key}", fix=fix)
+            job.folder.save_tensors(name, stored)
+        yield path
+
+
+def _parts(view: ModelView) -> Iterator:
+    family = view.family
+    yield "embed.safetensors", {f"{family.embed}.weight": view.embed_weight()}
+    for index in range(view.num_layers):
+        prefix = f"{family.layers}.{index}."
+        yield f"layer-{index:05d}.safetensors", {prefix + k: w for k, w in view.layer_weights(index).items()}
+    yield "norm.safetensors", {f"{family.final_norm}.weight": view.final_norm_weight()}
+    if not view.tied:
+        yield "head.safetensors", {f"{family.head}.weight": view.head_weight()}
+
+
+def _probe(job: Job) -> Tensor:
+    """Token ids of the reload check: of the calibration text, or random ones."""
+    if job.calibration is not None:
+        return job.calibration.ids[0, :PROBE_TOKENS].clone()
+    generator = torch.Generator().manual_seed(job.report["seed"])
+    return torch.randint(job.view.config.vocab_size, (PROBE_TOKENS,), generator=generator)

@@ -1,0 +1,161 @@
+"""Bits of every layer, chosen from calibration: the least summed error of attention under a budget of bytes.
+
+Each layer is given the calibration windows as the model gives them, and its attention is computed by PyTorch, and
+through a packed layer of the runtime for each way of packing that may be chosen. The windows' first part is a prompt,
+the rest follows behind it, and what is compared are the rest's outputs:
+
+    e(l, c) = sum |o_c - o|^2 / sum |o|^2
+
+The choice minimises ``sum_l e(l, c_l)`` over the ways ``c_l`` with ``sum_l bytes(c_l) <= budget``: a small integer
+programme, solved exactly by HiGHS.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from compress.calibrate.stream import ActivationFile
+from compress.kernels.hadamard import rotation
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from compress.kv.layer import LayerFormat, PackedLayer
+from compress.model import ModelView
+from compress.plan import KVBits, Packing
+
+ATTENTION = "compress_shown_sdpa"
+CANDIDATES = (
+    *(KVBits(high=(4, 4), low=(2, 2), ratio=ratio) for ratio in (0.0, 0.1, 0.3, 0.6, 1.0)),
+    KVBits(high=(4, 2), low=(4, 2), ratio=1.0),
+)
+"""Ways of packing a layer: from no salient token at 4 bits to all of them; and 4-bit keys with 2-bit values."""
+
+WINDOWS = 8  # of the calibration text, at most
+TAIL = 4  # one part of so many of a window follows behind the prompt
+
+Shown = Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
+
+
+def shown_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention; with ``shown=f`` it calls ``f(query, key, value, output, scaling)``.
+
+    Shapes: query ``[batch, heads, T, head_dim]``, key and value ``[batch, kv_heads, T, head_dim]``, output
+    ``[batch, T, heads, head_dim]``.
+    """
+    show = kwargs.pop("shown", None)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if show is not None:
+        show(query, key, value, output, kwargs["scaling"])  # type: ignore[operator]
+    return output, None
+
+
+AttentionInterface.register(ATTENTION, shown_attention)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for the layers that are packed.
+
+    Attributes:
+        bits: of each layer, in their order.
+        errors: relative squared error of each.
+        nbytes: of all of them together.
+    """
+
+    bits: tuple[KVBits, ...]
+    errors: tuple[float, ...]
+    nbytes: int
+
+
+class Profile:
+    """Runs a model's layers one after the other over calibration windows.
+
+    Args:
+        view: the model, quantized already where it will be.
+        packing: how the cache packs.
+        device: where layers run.
+        hidden: residual stream of all windows, ``[windows, T, hidden]``; changed from layer to layer.
+    """
+
+    def __init__(self, view: ModelView, packing: Packing, device: torch.device, hidden: ActivationFile) -> None:
+        self.view, self.packing, self.device, self.hidden = view, packing, device, hidden
+        self._length = hidden.shape[1]
+        turned = rotation(view.facts.head_dim, "hadamard", 0)[0].float().to(device) if packing.rotate else None
+        self._rotation = turned
+        cos, sin = view.position_embeddings(self._length)
+        self._positions = (cos.to(device), sin.to(device))
+
+    @torch.no_grad()
+    def layer(self, index: int, candidates: Sequence[KVBits]) -> list[float]:
+        """Run a layer over all windows; returns the error of each way of packing it, none for no candidates."""
+        view = self.view
+        layer = view.build_layer(index, view.layer_weights(index)).to(self.device)
+        layer.get_submodule(view.family.attention).config._attn_implementation = ATTENTION  # type: ignore[union-attr]
+        mask = view.attention_mask(index, self._length)
+        wrong, whole = [0.0] * len(candidates), 0.0
+
+        def show(query: Tensor, key: Tensor, value: Tensor, output: Tensor, scaling: float) -> None:
+            nonlocal whole
+            first = prompt_tokens(self._length)
+            wanted = output.transpose(1, 2)[:, :, first:]
+            whole += float(wanted.double().square().sum())
+            for number, bits in enumerate(candidates):
+                packed = PackedLayer(LayerFormat(self.packing, bits, index, self._rotation))
+                for part in (slice(0, first), slice(first, None)):
+                    packed.update(key[:, :, part], value[:, :, part])
+                    found = packed.attend(query[:, :, part], None, scaling)
+                wrong[number] += float((found - wanted).double().square().sum())
+
+        for window in range(len(self.hidden)):
+            output = layer(
+                self.hidden[window].unsqueeze(0).to(self.device),
+                attention_mask=None if mask is None else mask.to(self.device),
+                position_embeddings=self._positions,
+                shown=show if candidates else None,
+            )
+            self.hidden[window] = output[0]
+        return [error / max(whole, 1e-30) for error in wrong]
+
+
+def prompt_tokens(length: int) -> int:
+    """How many tokens of a calibration window are the prompt."""
+    return length - length // TAIL
+
+
+def choose(errors: Sequence[Sequence[float]], sizes: Sequence[int], limit: int) -> Choice:
+    """The ways of packing with the least summed error.
+
+    Args:
+        errors: of each layer and each of ``CANDIDATES``.
+        sizes: bytes of a layer packed by each of them.
+        limit: bytes that all layers may take together.
+
+    Raises:
+        ValueError: no choice fits.
+    """
+    layers, ways = len(errors), len(sizes)
+    cost = np.asarray(errors, dtype=np.float64)
+    scale = max(float(cost.max()), 1e-30)
+    one_each = np.kron(np.eye(layers), np.ones(ways))
+    found = milp(
+        (cost / scale).ravel(),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.tile(np.asarray(sizes, dtype=np.float64), layers)[None], 0, limit),
+        ],
+        integrality=np.ones(layers * ways),
+        bounds=Bounds(0, 1),
+    )
+    if found.x is None:
+        raise ValueError(f"no choice of bits for {layers} layers takes at most {limit} bytes")
+    picked = found.x.reshape(layers, ways).argmax(1)
+    return Choice(
+        tuple(CANDIDATES[way] for way in picked),
+        tuple(float(cost[layer, way]) for layer, way in enumerate(picked)),
+        sum(int(sizes[way]) for way in picked),
+    )

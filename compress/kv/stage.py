@@ -1,0 +1,276 @@
+"""The stage ``kv``: what the cache keeps of every token, written into the attention plan.
+
+ZipCache needs no calibration: which tokens are salient is found in every prompt. Only where a budget is set do
+calibration windows decide on the bits of each layer (``budget.py``).
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from typing import Any
+
+from compress.calibrate.errors import InputError
+from compress.calibrate.stream import ActivationFile
+
+from compress.artifact.packed_checkpoint import stored_view
+from compress.events import LayerDone, LayerStarted, Message, StageDone, StageStarted
+from compress.job import Estimate, Job
+from compress.kv.budget import CANDIDATES, WINDOWS, Choice, Profile, choose, prompt_tokens
+from compress.model import ModelFacts
+from compress.plan import AttentionPlan, KVBits, Packing, Source
+from compress.plan_compile import predict_bytes
+from compress.plan_writer import PlanWriter
+from compress.recipe import Recipe
+from compress.schema import KV
+from compress.weights.choices import storage_dtype
+
+LENGTHS = (2048, 4096, 8192)  # of which sizes are told
+
+
+class KVStage:
+    """Quantization of the KV cache, as the section ``kv`` of the recipe describes it."""
+
+    name = "kv"
+
+    def preflight(self, facts: ModelFacts, recipe: Recipe) -> None:
+        """See :class:`compress.job.Stage`."""
+        settings = _present(recipe)
+        if not packed_layers(facts):
+            raise InputError(
+                "--model",
+                facts.source,
+                "every layer of it has a sliding window: its cache doesn't grow with the text, and isn't packed",
+                fix="leave the section kv out",
+            )
+        if facts.head_dim % 8:
+            raise InputError(
+                "--model", facts.source, f"its heads of {facts.head_dim} can't be packed", allowed="multiples of 8"
+            )
+        if settings.budget is not None:
+            _check_budget(facts, recipe, settings)
+
+    def estimate(self, facts: ModelFacts, recipe: Recipe) -> Estimate:
+        """See :class:`compress.job.Stage`."""
+        settings = _present(recipe)
+        plan = _plan(facts, recipe, _given(facts, settings))
+        chosen = settings.budget is not None
+        calibration = recipe.calibration
+        windows = min(WINDOWS, calibration.samples) if chosen and calibration is not None else 0
+        tokens = windows * calibration.seq_len if calibration is not None else 0
+        layer = sum(fact.out_features * fact.in_features for fact in facts.linears(0).values())
+        scratch = 4 * tokens * facts.config.hidden_size
+        return Estimate(
+            lines=_lines(facts, settings, plan),
+            flops=2.0 * tokens * layer * facts.num_layers,
+            scratch_bytes=scratch,
+            memory_bytes=scratch + 12 * layer,
+            artifact_bytes=_weight_bytes(facts, recipe),
+            facts={"bytes": {} if chosen else {str(n): _sizes(facts, plan, n) for n in LENGTHS}},
+        )
+
+    def run(self, job: Job) -> None:
+        """See :class:`compress.job.Stage`."""
+        settings = _present(job.recipe)
+        facts = job.view.facts
+        started = time.perf_counter()
+        job.emit(StageStarted("kv", facts.num_layers))
+        choice = None if settings.budget is None else _chosen(job, settings)
+        bits = _given(facts, settings) if choice is None else dict(zip(packed_layers(facts), choice.bits, strict=True))
+        digest = None if choice is None or job.calibration is None else job.calibration.digest
+        job.plan = _plan(facts, job.recipe, bits, job.plan, digest)
+        job.report["kv"] = report = _report(facts, settings, job.plan, bits, choice)
+        job.emit(Message(report["summary"]))
+        job.emit(StageDone("kv", time.perf_counter() - started))
+
+
+def packed_layers(facts: ModelFacts) -> list[int]:
+    """The layers that attend to everything; those with a sliding window stay in 16 bits."""
+    return [layer for layer in range(facts.num_layers) if facts.window(layer) is None]
+
+
+def packing(settings: KV, seed: int) -> Packing:
+    """What holds for the whole cache."""
+    own = {field.name: getattr(settings, field.name) for field in fields(Packing) if field.name != "seed"}
+    return Packing(**own, seed=seed)
+
+
+def _check_budget(facts: ModelFacts, recipe: Recipe, settings: KV) -> None:
+    calibration = recipe.calibration
+    assert calibration is not None
+    assert settings.budget is not None
+    least = settings.first_flush + settings.flush
+    if prompt_tokens(calibration.seq_len) < least:
+        raise InputError(
+            "calibration.seq_len",
+            calibration.seq_len,
+            "is too short to choose bits by: before so many tokens next to nothing is packed",
+            allowed=f"from {next(n for n in range(least, 2 * least + 8) if prompt_tokens(n) >= least)}",
+        )
+    dense = _dense_bytes(facts, settings.budget_tokens)
+    smallest = _plan(facts, recipe, dict.fromkeys(packed_layers(facts), CANDIDATES[0]))
+    most = dense / predict_bytes(smallest, facts.config, settings.budget_tokens).allocated
+    if settings.budget > most:
+        raise InputError(
+            "kv.budget",
+            settings.budget,
+            f"with 2 bits in every layer the cache is {most:.2f} times smaller at {settings.budget_tokens} tokens",
+            allowed=f"up to {most - 0.005:.2f}",
+            fix="lower kv.budget, or raise kv.budget_tokens",
+        )
+
+
+def _given(facts: ModelFacts, settings: KV) -> dict[int, KVBits]:
+    """The bits of every packed layer as the recipe says."""
+    layers = packed_layers(facts)
+    bits = dict.fromkeys(layers, KVBits(high=settings.high_bits, low=settings.low_bits, ratio=settings.ratio))
+    if settings.boundary_bits is not None:
+        edge = KVBits(high=settings.boundary_bits, low=settings.boundary_bits, ratio=1.0)
+        bits |= {layers[0]: edge, layers[-1]: edge}
+    return bits
+
+
+def _chosen(job: Job, settings: KV) -> Choice:
+    """The bits of every packed layer by their errors on the calibration text; what is known already is kept."""
+    state = job.folder.stage("kv")
+    if "errors" not in state:
+        state["errors"] = _errors(job, settings)
+        job.folder.save()
+    facts = job.view.facts
+    length = settings.budget_tokens
+    assert settings.budget is not None
+    limit = int(_dense_bytes(facts, length) / settings.budget) - _apart(facts, length)
+    return choose(state["errors"], _candidate_bytes(facts, job.recipe, length), limit)
+
+
+def _errors(job: Job, settings: KV) -> list[list[float]]:
+    """Of each packed layer and each way of packing it."""
+    assert job.calibration is not None
+    view = job.view if job.result is None else stored_view(job.view, job.result)
+    ids = job.calibration.ids[:WINDOWS]
+    path = job.folder.path / "kv-hidden.bin"
+    path.unlink(missing_ok=True)  # of an attempt that was killed
+    hidden = ActivationFile(path, (*ids.shape, view.config.hidden_size))
+    embed = view.embed_weight()
+    for window, tokens in enumerate(ids):
+        hidden[window] = embed[tokens]
+    del embed
+    profile = Profile(view, packing(settings, job.report["seed"]), job.device, hidden)
+    packed, errors = packed_layers(view.facts), []
+    for index in range(view.num_layers):
+        job.emit(LayerStarted(index, view.num_layers))
+        started = time.perf_counter()
+        found = profile.layer(index, CANDIDATES if index in packed else ())
+        errors += [found] if found else []
+        job.emit(LayerDone(index, view.num_layers, time.perf_counter() - started))
+    path.unlink()
+    return errors
+
+
+def _plan(
+    facts: ModelFacts,
+    recipe: Recipe,
+    bits: Mapping[int, KVBits],
+    start: AttentionPlan | None = None,
+    digest: str | None = None,
+) -> AttentionPlan:
+    """The plan with these bits, and what others wrote into ``start``; ``digest`` is of the text behind them."""
+    settings, seed = _present(recipe), _seed(recipe)
+    source = Source(
+        settings.method, settings.model_dump(mode="json"), digest, seed=seed, tool_version=version("compress")
+    )
+    longest = getattr(facts.config, "max_position_embeddings", None) or max(LENGTHS)
+    writer = PlanWriter(start or AttentionPlan.empty(facts.config), source, longest)
+    writer.packing(packing(settings, seed))
+    for layer, found in bits.items():
+        writer.kv(layer, found)
+    return writer.finish()
+
+
+def _seed(recipe: Recipe) -> int:
+    return recipe.calibration.seed if recipe.calibration is not None else 0
+
+
+def _present(recipe: Recipe) -> KV:
+    assert recipe.kv is not None  # the pipeline runs a stage only if its section is there
+    return recipe.kv
+
+
+def _sizes(facts: ModelFacts, plan: AttentionPlan, length: int) -> dict[str, int]:
+    """Bytes of one sequence's cache: at 16 bits, and as the plan has it."""
+    found = predict_bytes(plan, facts.config, length)
+    return {"dense": _dense_bytes(facts, length), **asdict(found)}
+
+
+def _dense_bytes(facts: ModelFacts, length: int) -> int:
+    """Of a 16-bit cache of one sequence, in which sliding layers hold no more than their window."""
+    each = 4 * facts.config.num_key_value_heads * facts.head_dim
+    return each * length * len(packed_layers(facts)) + _apart(facts, length)
+
+
+def _candidate_bytes(facts: ModelFacts, recipe: Recipe, length: int) -> list[int]:
+    """Bytes of one layer packed in each of the ways that may be chosen."""
+    layers, found = packed_layers(facts), []
+    for bits in CANDIDATES:
+        whole = predict_bytes(_plan(facts, recipe, dict.fromkeys(layers, bits)), facts.config, length).allocated
+        found.append(-(-(whole - _apart(facts, length)) // len(layers)))
+    return found
+
+
+def _apart(facts: ModelFacts, length: int) -> int:
+    """Bytes of the layers that aren't packed."""
+    each = 4 * facts.config.num_key_value_heads * facts.head_dim
+    windows = [window for layer in range(facts.num_layers) if (window := facts.window(layer)) is not None]
+    return sum(each * min(window, length) for window in windows)
+
+
+def _weight_bytes(facts: ModelFacts, recipe: Recipe) -> int:
+    """Of the weights that stay as they are; 0 where another stage makes them."""
+    if recipe.weights is not None:
+        return 0
+    return facts.checkpoint_bytes if facts.packed else facts.num_params * storage_dtype(facts, recipe).itemsize
+
+
+def _lines(facts: ModelFacts, settings: KV, plan: AttentionPlan) -> list[str]:
+    slides = [layer for layer in range(facts.num_layers) if facts.window(layer) is not None]
+    lines = []
+    if slides:
+        named = ", ".join(map(str, slides[:8])) + (", ..." if len(slides) > 8 else "")
+        lines.append(f"KV cache: layers {named} stay in 16 bits: they are sliding and hold no more than their window")
+    if settings.budget is not None:
+        told = f"{settings.budget:g} times smaller than at 16 bits at {settings.budget_tokens:,} tokens"
+        return [*lines, f"KV cache: bits of each layer chosen on the calibration text, so that it is {told}"]
+    sizes = {length: _sizes(facts, plan, length) for length in LENGTHS}
+    told = ", ".join(
+        f"{found['allocated'] / 1e6:.1f} MB at {length:,} tokens ({found['dense'] / found['allocated']:.2f}x smaller)"
+        for length, found in sizes.items()
+    )
+    return [*lines, f"KV cache: {settings.method}, {told} than at 16 bits"]
+
+
+def _report(
+    facts: ModelFacts, settings: KV, plan: AttentionPlan, bits: Mapping[int, KVBits], choice: Choice | None
+) -> dict[str, Any]:
+    """The report's section ``kv``."""
+    lengths = sorted({*LENGTHS, settings.budget_tokens} if choice is not None else LENGTHS)
+    sizes = {str(length): _sizes(facts, plan, length) for length in lengths}
+    at = sizes["4096"]
+    ratio, each = at["dense"] / at["allocated"], at["allocated"] / 4096
+    errors = [None] * len(bits) if choice is None else list(choice.errors)
+    return {
+        "method": settings.method,
+        "summary": f"{settings.method}, {each:.0f} bytes a token, {ratio:.2f} times smaller than at 16 bits at 4,096 "
+        "tokens",
+        "bytes": sizes,
+        "layers": [
+            {
+                "layer": layer,
+                "high_bits": list(found.high),
+                "low_bits": list(found.low),
+                "ratio": found.ratio,
+                "error": error,
+            }
+            for (layer, found), error in zip(sorted(bits.items()), errors, strict=True)
+        ],
+        "unpacked": [layer for layer in range(facts.num_layers) if layer not in bits],
+    }

@@ -1,0 +1,429 @@
+"""AttentionPlan: what attention does at run time, for every layer and KV head; one small JSON file beside the weights.
+
+The methods write it (``plan_writer.py``, which knows what doesn't go together), the runtime reads it, neither knows the
+other. Rules belong to KV heads: a plan for each query head would need the cache of every query head.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import field, fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from compress.calibrate.errors import InputError, did_you_mean
+
+FILE = "attention_plan.json"
+VERSION = 1
+BLOCK = 64  # tokens that a window is rounded up to
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Window:
+    """How far back a head sees: ``span(N) = clip(ceil64(a + b N), min, min(max, N))`` tokens, sinks not among them."""
+
+    a: int = 0
+    b: float = Field(default=1.0, ge=0, le=1)
+    min: int = Field(default=0, ge=0)
+    max: int | None = Field(default=None, ge=1)
+
+    @property
+    def full(self) -> bool:
+        """Whether it is everything, at every length."""
+        return self.b == 1 and self.a >= 0 and self.max is None
+
+    def span(self, length: int) -> int:
+        """Tokens at a length."""
+        wanted = -(-int(self.a + self.b * length) // BLOCK) * BLOCK
+        most = length if self.max is None else min(self.max, length)
+        return min(max(wanted, min(self.min, most)), most)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Stride:
+    """Far blocks that are seen besides the window: every ``every``-th, from block ``phase`` on."""
+
+    every: int = Field(ge=1)
+    phase: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TopK:
+    """Far tokens that are searched for: ``a + b N`` of them, by a policy, anew every ``refresh`` steps."""
+
+    a: int
+    b: float = 0.0
+    policy: Literal["hip", "sea", "quest", "h2o"] = "hip"
+    refresh: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class KVBits:
+    """Bits of (keys, values) of salient and of other tokens; ``ratio`` is the share of salient ones."""
+
+    high: tuple[Literal[2, 4], Literal[2, 4]] = (4, 4)
+    low: tuple[Literal[2, 4], Literal[2, 4]] = (2, 2)
+    ratio: float = Field(default=0.3, ge=0, le=1)
+
+    def __post_init__(self) -> None:
+        if self.high == self.low and self.ratio not in (0.0, 1.0):  # nobody has to be told apart
+            object.__setattr__(self, "ratio", 1.0)
+
+    @property
+    def scored(self) -> bool:
+        """Whether some tokens are kept better than others."""
+        return 0 < self.ratio < 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Calibration:
+    """Attention calibration (ACT): sinks above ``threshold`` are multiplied by ``beta``."""
+
+    beta: float
+    threshold: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Packing:
+    """How packed heads keep their tokens, for the whole cache (arXiv 2405.14256, and what was added to it).
+
+    Attributes:
+        key_scheme: what shares a step: a channel of all keys of a class, or a token's channels.
+        center: the keys' mean is subtracted, which attention doesn't see.
+        rotate: keys and queries are turned by a Hadamard matrix.
+        key_cst: keys are channel-separable, ``c_i = sqrt(max |K_i|)``.
+        value_cst: values alike.
+        clip: a search of each token's range at 2 bits.
+        sinks: first tokens, kept at 16 bits.
+        window_bits: of the newest tokens.
+        window_min: newest tokens that are never packed.
+        flush: tokens beyond them that are packed at once.
+        first_flush: tokens that are there before anything is packed.
+        probe_recent: share of a prompt's last rows that saliency is found by.
+        probe_random: share of random rows.
+        probe_cap: most rows of both kinds; 0 for any number.
+        normalizer: what a token's attention is divided by: probes that see it, or all rows, as published code does.
+        seed: of the random rows.
+    """
+
+    key_scheme: Literal["channel", "token"] = "token"
+    center: bool = True
+    rotate: bool = True
+    key_cst: bool = True
+    value_cst: bool = True
+    clip: bool = True
+    sinks: int = Field(default=4, ge=0)
+    window_bits: Literal[8, 16] = 8
+    window_min: int = Field(default=64, ge=0)
+    flush: int = Field(default=128, ge=1)
+    first_flush: int = Field(default=256, ge=1)
+    probe_recent: float = Field(default=0.05, ge=0, le=1)
+    probe_random: float = Field(default=0.05, ge=0, le=1)
+    probe_cap: int = Field(default=256, ge=0)
+    normalizer: Literal["probes", "official"] = "probes"
+    seed: int = 0
+
+    @classmethod
+    def faithful(cls, seed: int = 0) -> "Packing":
+        """ZipCache as published, with probes counted correctly and nothing quantized twice."""
+        return cls(
+            key_scheme="channel", center=False, rotate=False, key_cst=False, clip=False, sinks=0, window_bits=16,
+            window_min=0, flush=100, first_flush=1, probe_cap=0, seed=seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Head:
+    """One KV head, and the query heads of its group.
+
+    Attributes:
+        sink: first tokens that it always sees.
+        window: how far back it sees.
+        stride: further blocks.
+        topk: further tokens, searched for.
+        summary: what stands for tokens that were dropped.
+        kv: bits of its cache; None for 16.
+        calibration: of its attention.
+    """
+
+    sink: int = Field(default=0, ge=0)
+    window: Window = Window()
+    stride: Stride | None = None
+    topk: TopK | None = None
+    summary: Literal["none", "mean_all", "core"] = "none"
+    kv: KVBits | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def kind(self) -> str:
+        """A word for people: full, stream, elastic, topk or stride."""
+        if self.topk is not None:
+            return "topk"
+        if self.stride is not None:
+            return "stride"
+        return "full" if self.window.full else "stream" if self.window.b == 0 else "elastic"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Share:
+    """What a layer takes from an earlier one instead of making its own: a mask, keys and values, or probabilities."""
+
+    mode: Literal["mask", "kv", "attn"]
+    source: int = Field(ge=0)
+    head_map: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Layer:
+    """One layer: its KV heads, their order at load, and what it shares."""
+
+    heads: tuple[Head, ...]
+    perm: tuple[int, ...] | None = None
+    share: Share | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Fingerprint:
+    """The model that a plan was made for."""
+
+    config_hash: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: str
+    sliding: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, {self.heads} query and {self.kv_heads} KV heads of {self.head_dim}, "
+            f"rope {self.rope}, config {self.config_hash[:12]}"
+        )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Source:
+    """Who wrote, and from what."""
+
+    method: str
+    args: dict[str, Any] = field(default_factory=dict)
+    dataset_hash: str | None = None
+    seed: int | None = None
+    tool_version: str | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AttentionPlan:
+    """See the module's text.
+
+    Attributes:
+        fingerprint: of the model.
+        layers: in order.
+        packing: of all packed heads; None where nothing is packed.
+        writers: which method wrote which part: kv, window, stride, topk, summary, share, calibration.
+        sources: the methods in the order in which they wrote.
+        budget: what a method was asked to stay below, in its own words.
+        scores: raw scores by method, [layers][KV heads].
+        max_len_profiled: tokens of the longest text that a method looked at.
+        version: of this schema.
+    """
+
+    fingerprint: Fingerprint
+    layers: tuple[Layer, ...]
+    packing: Packing | None = None
+    writers: dict[str, str] = field(default_factory=dict)
+    sources: tuple[Source, ...] = ()
+    budget: dict[str, Any] | None = None
+    scores: dict[str, list[list[float]]] = field(default_factory=dict)
+    max_len_profiled: int | None = None
+    version: int = VERSION
+
+    @classmethod
+    def empty(cls, config: Any) -> "AttentionPlan":
+        """Every head sees everything at 16 bits: what the model does without a plan."""
+        mark = fingerprint_of(config)
+        return cls(mark, (Layer((Head(),) * mark.kv_heads),) * mark.layers)
+
+    def check(self, config: Any) -> None:
+        """Compare with a model's config.
+
+        Raises:
+            InputError: the plan is for another model; both fingerprints are told.
+        """
+        other = fingerprint_of(config)
+        if other != self.fingerprint:
+            differing = [
+                f.name for f in fields(Fingerprint) if getattr(other, f.name) != getattr(self.fingerprint, f.name)
+            ]
+            problem = (
+                f"was made for another model ({', '.join(differing)} differ): {self.fingerprint}; this one: {other}"
+            )
+            raise InputError(FILE, None, problem, fix="make the plan again for this model")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types; layers and heads that are alike are written once, defaults not at all."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        found: dict[str, Any] = {"version": self.version, **{k: _plain(v) for k, v in plain.items() if k != "version"}}
+        found = {key: value for key, value in found.items() if value not in (None, {}, [])}
+        numbered = sorted(enumerate(self.layers), key=lambda pair: json.dumps(_layer(pair[1]), sort_keys=True))
+        groups = [
+            {"layers": _ranges(index for index, _ in own), **shape}
+            for shape, own in ((_layer(same[0][1]), same) for same in _runs(numbered))
+        ]
+        return found | {"layers": sorted(groups, key=lambda group: _numbers(group["layers"])[0])}
+
+    def save(self, folder: Path) -> Path:
+        """Write ``attention_plan.json``."""
+        path = folder / FILE
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = FILE) -> "AttentionPlan":
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            InputError: a newer version, an unknown key, a value out of range.
+        """
+        version = content.get("version")
+        if version != VERSION:
+            problem = f"is an attention plan of version {version!r}"
+            raise InputError(where, None, problem, allowed=f"version {VERSION}", fix="update compress")
+        try:
+            layers: dict[int, Any] = {}
+            for group in content["layers"]:
+                shape = {key: value for key, value in group.items() if key not in ("layers", "heads")}
+                heads = {
+                    n: {k: v for k, v in h.items() if k != "heads"}
+                    for h in group["heads"]
+                    for n in _numbers(h["heads"])
+                }
+                shape["heads"] = [heads[n] for n in range(len(heads))]
+                layers |= dict.fromkeys(_numbers(group["layers"]), shape)
+            whole = {**content, "layers": [layers[n] for n in range(len(layers))]}
+            return TypeAdapter(cls).validate_python(whole)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            known = [f.name for kind in (AttentionPlan, Layer, Head, Packing, KVBits, Window) for f in fields(kind)]  # type: ignore[arg-type]
+            fix = did_you_mean(str(first["loc"][-1]), known) if first["type"] == "unexpected_keyword_argument" else None
+            raise InputError(where, None, f"{place}: {first['msg'].lower()}", fix=fix) from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(where, None, "isn't an attention plan: its layers can't be read") from error
+
+    def lines(self, length: int = 4096) -> list[str]:
+        """For a terminal: a letter a head (F full, S stream, E elastic, T topk, D stride), small where it is packed."""
+        letters = {"full": "F", "stream": "S", "elastic": "E", "topk": "T", "stride": "D"}
+        rows = []
+        for same in _runs(list(enumerate(self.layers))):
+            layer = same[0][1]
+            marks = "".join(letters[h.kind].lower() if h.kv else letters[h.kind] for h in layer.heads)
+            told = "; ".join(dict.fromkeys(_told(head.kv) for head in layer.heads))
+            shared = "" if layer.share is None else f", shares {layer.share.mode} of layer {layer.share.source}"
+            rows.append(f"layers {_ranges(index for index, _ in same):<12} {marks}  {told}{shared}")
+        return rows
+
+
+def fingerprint_of(config: Any) -> Fingerprint:
+    """The fingerprint of a model, from its transformers config."""
+    text = config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    facts = {
+        key: getattr(text, key, None)
+        for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    }
+    facts |= {"head_dim": width, "rope": rope, "layer_types": getattr(text, "layer_types", None)}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+    kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else "default"
+    return Fingerprint(
+        config_hash=digest,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=width,
+        rope=f"{kind} {theta:g}" if theta else str(kind),
+        sliding=sliding_layers(text),
+    )
+
+
+def sliding_layers(config: Any) -> tuple[int, ...]:
+    """Layers that don't attend to everything, which a plan leaves alone."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds, _ = get_layer_types_and_kwargs(config)
+    return tuple(index for index, kind in enumerate(kinds) if kind != "full_attention")
+
+
+def read_plan(folder: Path) -> AttentionPlan | None:
+    """The plan of an artifact, or None if it has none.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(str(path), None, "isn't JSON") from error
+    return AttentionPlan.from_json(content, str(path))
+
+
+def with_heads(layer: Layer, change: Mapping[int, Head]) -> Layer:
+    """A layer with other heads."""
+    return replace(layer, heads=tuple(change.get(index, head) for index, head in enumerate(layer.heads)))
+
+
+def _told(bits: KVBits | None) -> str:
+    if bits is None:
+        return "16 bits"
+    high, low = ("K{}V{}".format(*pair) for pair in (bits.high, bits.low))
+    return low if bits.ratio == 0 else high if bits.ratio == 1 else f"{bits.ratio:.0%} {high}, others {low}"
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    """A layer as JSON types, without its number."""
+    heads = [
+        {"heads": _ranges(index for index, _ in same), **_short(same[0][1])}
+        for same in _runs(list(enumerate(layer.heads)))
+    ]
+    return {"heads": heads} | {k: _plain(v) for k, v in (("perm", layer.perm), ("share", layer.share)) if v is not None}
+
+
+def _runs(numbered: list[tuple[int, Any]]) -> list[list[tuple[int, Any]]]:
+    """Neighbours that are alike."""
+    return [list(own) for _, own in groupby(numbered, key=lambda pair: pair[1])]
+
+
+def _short(head: Head) -> dict[str, Any]:
+    return {f.name: _plain(value) for f in fields(head) if (value := getattr(head, f.name)) != getattr(Head(), f.name)}
+
+
+def _plain(value: Any) -> Any:
+    return TypeAdapter(type(value)).dump_python(value, mode="json") if value is not None else None
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0-3,7``."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
+
+
+def _numbers(ranges: str) -> list[int]:
+    """The inverse of `_ranges`."""
+    ends = [[int(n) for n in part.split("-")] for part in ranges.split(",")]
+    return [n for pair in ends for n in range(pair[0], pair[-1] + 1)]

@@ -1,0 +1,235 @@
+"""How methods write an attention plan, and what doesn't go together; every refusal names both writers.
+
+A part of the plan (windows, KV bits, ...) belongs to the method that wrote it first. What one method's part does to
+another's is looked at in `PlanWriter.finish`, once all of a method's entries are there.
+"""
+
+from dataclasses import dataclass, replace
+
+from compress.calibrate.errors import InputError
+from compress.plan import (
+    AttentionPlan,
+    Calibration,
+    Head,
+    KVBits,
+    Layer,
+    Packing,
+    Share,
+    Source,
+    Stride,
+    TopK,
+    Window,
+    with_heads,
+)
+
+OWNERS = 2  # first layers, which never take anything from another
+SHORT = 1024  # tokens; a head that sees no more is small enough at 16 bits
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a head sees, as one method decides it."""
+
+    sink: int
+    window: Window
+    stride: Stride | None = None
+
+
+class PlanWriter:
+    """One method at work on a plan.
+
+    Args:
+        plan: what others have written, or an empty plan.
+        source: the method and what it worked from.
+        length: tokens of the longest text that the plan is meant for.
+    """
+
+    def __init__(self, plan: AttentionPlan, source: Source, length: int) -> None:
+        self.method, self.length = source.method, length
+        self.notes: list[str] = []
+        self._plan = replace(plan, sources=(*plan.sources, source))
+
+    def packing(self, packing: Packing) -> None:
+        """How packed heads keep their tokens.
+
+        Raises:
+            InputError: another method has said so already.
+        """
+        self._own("kv")
+        self._plan = replace(self._plan, packing=packing)
+
+    def kv(self, layer: int, bits: KVBits, heads: tuple[int, ...] | None = None) -> None:
+        """Pack the cache of some KV heads of a layer, by default all; heads with a short span stay at 16 bits.
+
+        Raises:
+            InputError: another method has written KV bits; a head that the layer doesn't have; a sliding layer.
+        """
+        self._own("kv")
+        chosen = self._heads(layer, heads)
+        held = self._plan.layers[layer].heads
+        short = [head for head in chosen if held[head].window.span(self.length) <= min(SHORT, self.length - 1)]
+        if short:
+            self.notes.append(f"layer {layer}: KV heads {short} see at most {SHORT} tokens and stay at 16 bits")
+        self._change(layer, {head: replace(held[head], kv=bits) for head in chosen if head not in short})
+
+    def see(self, layer: int, head: int, rule: Rule) -> None:
+        """Narrow what a KV head sees.
+
+        Raises:
+            InputError: as :meth:`kv`.
+        """
+        self._own("window")
+        (head,) = self._heads(layer, (head,))
+        held = self._plan.layers[layer].heads[head]
+        changed = replace(held, sink=rule.sink, window=rule.window, stride=rule.stride)
+        self._change(layer, {head: changed})
+
+    def topk(self, layer: int, head: int, topk: TopK) -> None:
+        """Let a KV head search for far tokens.
+
+        Raises:
+            InputError: as :meth:`kv`.
+        """
+        self._own("topk")
+        (head,) = self._heads(layer, (head,))
+        self._change(layer, {head: replace(self._plan.layers[layer].heads[head], topk=topk)})
+
+    def calibrate(self, layer: int, head: int, calibration: Calibration) -> None:
+        """Re-weight a head's sinks (ACT).
+
+        Raises:
+            InputError: as :meth:`kv`.
+        """
+        self._own("calibration")
+        (head,) = self._heads(layer, (head,))
+        self._change(layer, {head: replace(self._plan.layers[layer].heads[head], calibration=calibration)})
+
+    def share(self, layer: int, share: Share) -> None:
+        """Let a layer take from an earlier one.
+
+        Raises:
+            InputError: a later or the same layer, a chain, one of the first layers, a map of other heads.
+        """
+        self._own("share")
+        place = f"layer {layer}"
+        if layer < OWNERS:
+            raise self._error(f"{place} shares with another", allowed=f"layers from {OWNERS}")
+        if share.source >= layer:
+            raise self._error(f"{place} shares with layer {share.source}, which isn't before it")
+        if self._plan.layers[share.source].share is not None:
+            raise self._error(f"{place} shares with layer {share.source}, which shares itself: a chain")
+        if any(other.share is not None and other.share.source == layer for other in self._plan.layers):
+            raise self._error(f"{place} shares, and another layer takes from it: a chain")
+        if share.head_map is not None and len(share.head_map) != self._plan.fingerprint.heads:
+            raise self._error(
+                f"{place} maps {len(share.head_map)} heads", allowed=f"{self._plan.fingerprint.heads} query heads"
+            )
+        layers = list(self._plan.layers)
+        layers[layer] = replace(layers[layer], share=share)
+        self._plan = replace(self._plan, layers=tuple(layers))
+
+    def permute(self, layer: int, order: tuple[int, ...]) -> None:
+        """The order in which a layer's KV heads are loaded.
+
+        Raises:
+            InputError: not an order of the KV heads.
+        """
+        if sorted(order) != list(range(self._plan.fingerprint.kv_heads)):
+            raise self._error(f"layer {layer} is permuted by {list(order)}", allowed="an order of its KV heads")
+        layers = list(self._plan.layers)
+        layers[layer] = replace(layers[layer], perm=order)
+        self._plan = replace(self._plan, layers=tuple(layers))
+
+    def score(self, scores: list[list[float]], profiled: int | None = None) -> None:
+        """Keep the method's raw scores, [layers][KV heads], and the length of the longest text it looked at."""
+        longest = max(profiled or 0, self._plan.max_len_profiled or 0) or None
+        self._plan = replace(self._plan, scores={**self._plan.scores, self.method: scores}, max_len_profiled=longest)
+
+    def finish(self) -> AttentionPlan:
+        """The plan with what was written.
+
+        Raises:
+            InputError: parts that don't go together; both writers are named.
+        """
+        for index, layer in enumerate(self._plan.layers):
+            for number, head in enumerate(layer.heads):
+                self._check_head(f"layer {index}, KV head {number}", head)
+            if layer.share is not None:
+                self._check_share(index, layer, layer.share)
+        if self._plan.packing is None and any(head.kv for layer in self._plan.layers for head in layer.heads):
+            raise self._error("KV bits are given, and nobody says how tokens are packed")
+        return self._plan
+
+    def _check_head(self, place: str, head: Head) -> None:
+        if head.topk is not None and not head.window.full:
+            raise self._conflict(f"{place}: far tokens are searched for, and the window drops them", "topk", "window")
+        if head.calibration is not None and head.kv is not None and head.kv.scored:
+            raise self._conflict(
+                f"{place}: attention is re-weighted, and saliency reads the same column sums", "calibration", "kv"
+            )
+
+    def _check_share(self, index: int, layer: Layer, share: Share) -> None:
+        """A layer that takes attention, or keys and values, holds exactly the tokens that their owner holds."""
+        if share.mode == "mask":
+            return
+        source = self._plan.layers[share.source].heads
+        group = self._plan.fingerprint.heads // self._plan.fingerprint.kv_heads
+        for query in range(self._plan.fingerprint.heads):
+            own = layer.heads[query // group]
+            other = source[(query if share.head_map is None else share.head_map[query]) // group]
+            if (own.sink, own.window, own.stride) != (other.sink, other.window, other.stride):
+                raise self._conflict(
+                    f"layer {index}, KV head {query // group} takes {share.mode} of layer {share.source}, and sees "
+                    "other tokens than its owner",
+                    "share",
+                    "window",
+                )
+            if share.mode == "attn" and own.topk != other.topk:
+                raise self._conflict(
+                    f"layer {index}, KV head {query // group} takes attention of layer {share.source}, and searches "
+                    "by itself",
+                    "share",
+                    "topk",
+                )
+
+    def _own(self, part: str) -> None:
+        """Claim a part of the plan."""
+        owner = self._plan.writers.get(part, self.method)
+        if owner != self.method:
+            raise InputError(
+                self.method,
+                None,
+                f"writes the part {part!r} of the attention plan, which {owner} has written",
+                fix=f"leave one of {owner} and {self.method} out",
+            )
+        self._plan = replace(self._plan, writers={**self._plan.writers, part: self.method})
+
+    def _heads(self, layer: int, heads: tuple[int, ...] | None) -> tuple[int, ...]:
+        mark = self._plan.fingerprint
+        if not 0 <= layer < mark.layers:
+            raise self._error(f"layer {layer} isn't there", allowed=f"0 to {mark.layers - 1}")
+        if layer in mark.sliding:
+            raise self._error(f"layer {layer} has a sliding window of its own", allowed="layers of full attention")
+        chosen = tuple(range(mark.kv_heads)) if heads is None else heads
+        if any(not 0 <= head < mark.kv_heads for head in chosen):
+            problem = f"layer {layer}: rules belong to KV heads, not to query heads, and head {max(chosen)} isn't one"
+            raise self._error(problem, allowed=f"0 to {mark.kv_heads - 1}")
+        return chosen
+
+    def _change(self, layer: int, heads: dict[int, Head]) -> None:
+        layers = list(self._plan.layers)
+        layers[layer] = with_heads(layers[layer], heads)
+        self._plan = replace(self._plan, layers=tuple(layers))
+
+    def _conflict(self, problem: str, one: str, other: str) -> InputError:
+        writers = self._plan.writers
+        first, then = writers.get(one, "nobody"), writers.get(other, "nobody")
+        return InputError(
+            "attention plan",
+            None,
+            f"{problem} ({one} by {first}, {other} by {then})",
+            fix=f"leave out {first} or {then}",
+        )
+
+    def _error(self, problem: str, allowed: str | None = None) -> InputError:
+        return InputError(self.method, None, problem, allowed=allowed)
