@@ -245,6 +245,8 @@ def _settings(options: BenchOptions, device: torch.device, contexts: list[int]) 
         raise InputError("--prompt-tokens", options.prompt_tokens, "a prompt has at least 1", allowed="from 1")
     if options.lengths and min(options.lengths) < 2:
         raise InputError("--lengths", min(options.lengths), "is too short to decode", allowed="from 2")
+    if options.threads < 1:
+        raise InputError("--threads", options.threads, "nothing would be computed", allowed="from 1")
     dtype = options.dtype
     if dtype == "auto":
         half = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float16"

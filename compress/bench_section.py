@@ -41,6 +41,7 @@ def section(measured: Measured, names: dict[str, str], settings: Settings, round
     return {
         "device": facts["baseline"].device,
         "threads": facts["baseline"].threads,
+        "packed_threads": settings.packed_threads,
         "dtype": ", ".join(dict.fromkeys(facts[side].dtype for side in SIDES)),
         "rounds": rounds,
         "spread": spread_name(rounds),

@@ -311,7 +311,7 @@ class AttentionPlan:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            known = [f.name for kind in (AttentionPlan, Layer, Head, Packing, KVBits, Window) for f in fields(kind)]  # type: ignore[arg-type]
+            known = [f.name for kind in (AttentionPlan, Layer, Head, Packing, KVBits, Window) for f in fields(kind)]
             fix = did_you_mean(str(first["loc"][-1]), known) if first["type"] == "unexpected_keyword_argument" else None
             raise InputError(where, None, f"{place}: {first['msg'].lower()}", fix=fix) from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from compress.calibrate.errors import InputError
 from compress.kv.bytes import KVBytes
+from compress.kv.window import STEP
 from compress.plan import FILE, AttentionPlan, Head, KVBits, Layer, Packing
 
 MOST_CLUSTERS = 3  # rules a layer: each is one more call for every token
-ROOM = 32  # slots that the room of the window grows by
 KernelClass = Literal["dense", "packed", "window", "mixed", "sparse", "shared"]
 
 
@@ -117,7 +117,7 @@ def packed_bytes(packing: Packing, bits: KVBits, length: int, heads: int, width:
     step = 4 if packing.window_bits == 8 else 0
     labels = -(-packed // 8) if bits.scored else 0
     stored += labels + step * recent + (4 * recent * (heads + 1) // heads if bits.scored else 0)
-    room = -(-recent // ROOM) * ROOM - recent
+    room = -(-recent // STEP) * STEP - recent
     spare = room * (2 * width * packing.window_bits // 8 + step + (4 * (heads + 1) // heads if bits.scored else 0))
     spare += 4 * width * (packing.sinks - sinks)
     ledger = 8 + 12 * len(classes) + (12 if packing.sinks else 0)  # counts and bounds of a head
@@ -150,9 +150,11 @@ def _compile(plan: AttentionPlan, index: int, spans: list[int], length: int, nat
     sizes = [_cluster_bytes(plan, cluster, capacity[cluster.heads[0]], length) for cluster in clusters]
     return CompiledLayer(
         clusters,
-        *(torch.tensor(values, dtype=torch.int32) for values in (sinks, spans, capacity)),
-        _kernel(layer, sliding),
-        sum(sizes, KVBytes(0, 0, 0)),
+        sink=torch.tensor(sinks, dtype=torch.int32),
+        window=torch.tensor(spans, dtype=torch.int32),
+        capacity=torch.tensor(capacity, dtype=torch.int32),
+        kernel=_kernel(layer, sliding),
+        nbytes=sum(sizes, KVBytes(0, 0, 0)),
     )
 
 

@@ -184,7 +184,7 @@ class Weights(Section):
         " after all layers are solved; 0 leaves them as they are.",
     )
     tune_lr: float = Field(
-        default=8e-4, gt=0, description="Learning rate of that: the relative change of a scale in one step."
+        default=4e-4, gt=0, description="Learning rate of that: the relative change of a scale in one step."
     )
     tune_batch: int = Field(default=2, ge=1, description="Windows a step of that.")
     overrides: Annotated[dict[str, Bits], AfterValidator(_patterns)] = Field(

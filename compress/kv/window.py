@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
 
-STEP = 32  # slots that room grows by
+STEP = 8  # slots that room grows by
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Tokens:
     @classmethod
     def joined(cls, first: "Tokens", then: "Tokens") -> "Tokens":
         """One behind the other."""
-        scores = (None, None)
+        scores: tuple[Tensor | None, Tensor | None] = (None, None)
         if first.mass is not None and then.mass is not None and first.seen is not None and then.seen is not None:
             scores = torch.cat([first.mass, then.mass], 2), torch.cat([first.seen, then.seen], 1)
         keys, values = (

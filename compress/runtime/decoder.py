@@ -11,138 +11,26 @@ what it inherits. Attention isn't part of the fused steps: it reads what the cac
 ``attn_implementation`` names. That of ``sdpa`` alone is replaced by ours, for the same keys, values and mask.
 """
 
-import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
-from itertools import repeat
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from compress.families import FAMILIES, LINEAR_ROLES, Family
-from compress.kernels import native
-from compress.kernels.block import Block, Linear, Prepared, decode_attention, prepared
+from compress.families import Family
 from compress.plan import AttentionPlan
 from compress.runtime.cache import GrowingCache
-from compress.runtime.linear import PackedLinear, StoredLinear
+from compress.runtime.fusion import SLIDING, Fusion, Step, fusion_of
 from compress.runtime.plan_cache import PlanCache
 
-GATES: Mapping[str, Literal["silu", "gelu_tanh"]] = MappingProxyType(
-    {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-)
 MOST_ROWS = 8  # sequences that answer at once; more are faster as a matrix product
-_SLIDING = "sliding_attention"
-_HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
-_WANTS_GRADIENT = operator.attrgetter("requires_grad")
 _MASKS: dict[str, Callable[..., Tensor | None]] = {
     "full_attention": create_causal_mask,
-    _SLIDING: create_sliding_window_causal_mask,
+    SLIDING: create_sliding_window_causal_mask,
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One layer's fused steps.
-
-    Attributes:
-        block: the two C++ calls.
-        attention: the layer's attention module, for the function between them.
-        kind: of its mask, as ``config.layer_types`` calls it.
-        window: tokens that it sees at most, or None.
-    """
-
-    block: Prepared
-    attention: Any
-    kind: str
-    window: int | None
-
-    def __call__(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], past: Any, masks: dict[str, Tensor | None], name: str
-    ) -> Tensor:
-        """The next hidden states.
-
-        Args:
-            hidden: [batch, hidden], of one new token of each sequence.
-            rope: cosines and sines [batch, rotary dimensions].
-            past: the cache.
-            masks: by kind, each [batch, 1, 1, tokens] or None.
-            name: of the attention function.
-        """
-        q, k, v = self.block.before(hidden, *rope)
-        keys, values = past.update(k.unsqueeze(2), v.unsqueeze(2), self.attention.layer_idx)
-        mask = masks[self.kind]
-        if name == "sdpa" and _plain(keys, values, mask):
-            rows = None if mask is None else mask[:, 0, 0]
-            mixed = decode_attention(q, keys, values, rows, self.attention.scaling)
-        else:
-            mixed, _ = ALL_ATTENTION_FUNCTIONS[name](
-                self.attention,
-                q.unsqueeze(2),
-                keys,
-                values,
-                mask,
-                dropout=0.0,
-                scaling=self.attention.scaling,
-                sliding_window=self.window,
-            )
-        return self.block.after(mixed.reshape(hidden.shape[0], -1), hidden)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The steps of a decoder, and what they were made of; looked at for every token, hence flat and without loops.
-
-    Attributes:
-        places: the dictionaries that hold the modules and tensors that the steps stand for.
-        names: of each in its place.
-        held: what was there.
-        modules: those of ``held`` that are modules.
-        kinds: their classes.
-        attributes: their own dictionaries.
-        tensors: those of ``held`` that are tensors.
-        addresses: of their data.
-        steps: by layer, or None where one can't be fused.
-    """
-
-    places: tuple[dict[str, Any], ...]
-    names: tuple[str, ...]
-    held: tuple[nn.Module | Tensor | None, ...]
-    modules: tuple[nn.Module, ...]
-    kinds: list[type]
-    attributes: tuple[dict[str, Any], ...]
-    tensors: tuple[Tensor, ...]
-    addresses: list[int]
-    steps: tuple[Step, ...] | None
-
-    def current(self) -> bool:
-        """Whether the decoder still holds what the steps were made of."""
-        return (
-            all(map(operator.is_, map(dict.get, self.places, self.names), self.held))
-            and list(map(type, self.modules)) == self.kinds
-            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
-        )
-
-    def patched(self) -> bool:
-        """Whether a module does more than its class says: a hook, or a ``forward`` of its own."""
-        return bool(
-            torch_module._global_forward_hooks
-            or torch_module._global_forward_pre_hooks
-            or any(map(_HOOKS, self.attributes))
-            or any(map(_PRE_HOOKS, self.attributes))
-            or any(map(dict.__contains__, self.attributes, repeat("forward")))
-        )
-
-    def trained(self) -> bool:
-        """Whether a tensor of the layers wants a gradient."""
-        return any(map(_WANTS_GRADIENT, self.tensors))
 
 
 class FusedDecoder(nn.Module):
@@ -154,7 +42,9 @@ class FusedDecoder(nn.Module):
     norm: nn.Module
     rotary_emb: nn.Module
     attention_plan: AttentionPlan | None = None
-    _plan: Plan | None = None  # one value, so that threads never see the steps of one state and the parts of another
+    _fusion: Fusion | None = (
+        None  # one value: threads never see the steps of one state and the parts of another
+    )
 
     def forward(
         self,
@@ -203,14 +93,14 @@ class FusedDecoder(nn.Module):
 
     def _current_steps(self, past: Any) -> tuple[Step, ...] | None:
         """The steps if they give what the inherited way gives, made anew where a part was exchanged."""
-        plan = self._plan
-        if plan is None or not plan.current():
-            self._plan = plan = _plan(self)
-        if plan.steps is None or plan.patched():
+        fusion = self._fusion
+        if fusion is None or not fusion.current():
+            self._fusion = fusion = fusion_of(self)
+        if fusion.steps is None or fusion.patched():
             return None
-        if torch.is_grad_enabled() and (plan.trained() or _differentiable(past)):
+        if torch.is_grad_enabled() and (fusion.trained() or _differentiable(past)):
             return None
-        return plan.steps
+        return fusion.steps
 
     def _answer(
         self, steps: tuple[Step, ...], hidden: Tensor, attention_mask: Any, position_ids: Tensor | None, past: Any
@@ -239,11 +129,11 @@ class FusedDecoder(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(flat.unsqueeze(1)), past_key_values=past)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._plan = None  # the steps point into tensors that are now replaced
+        self._fusion = None  # the steps point into tensors that are now replaced
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plan": None}  # addresses aren't those of a copy
+        return self.__dict__ | {"_fusion": None}  # addresses aren't those of a copy
 
 
 def learns(decoder: nn.Module, embeds: Tensor | None) -> bool:
@@ -265,87 +155,6 @@ def _fused(base: Any) -> type[Any]:
     return type(f"Fused{base.__name__}", (FusedDecoder, base), members)
 
 
-def _plan(decoder: FusedDecoder) -> Plan:
-    held: dict[str, Any] = decoder._modules
-    layers: dict[str, Any] = decoder.layers._modules
-    places = [(held, "layers"), *((layers, name) for name in layers)]
-    for layer in layers.values():
-        for parent in (layer, *layer._modules.values()):
-            places += [(parent._modules, name) for name, part in parent._modules.items() if part is not None]
-    modules = tuple(parts[name] for parts, name in places)
-    kinds = [type(part) for part in modules]
-    places += [(own, name) for part in modules for own in (part._parameters, part._buffers) for name in own]
-    found = tuple(own[name] for own, name in places)
-    tensors = tuple(part for part in found if isinstance(part, Tensor))
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    steps = _steps(decoder) if all(tensor.device.type == "cpu" for tensor in tensors) else None
-    holders, names = zip(*places, strict=True)
-    return Plan(holders, names, found, modules, kinds, tuple(map(vars, modules)), tensors, addresses, steps)
-
-
-def _steps(decoder: FusedDecoder) -> tuple[Step, ...] | None:
-    """The steps of all layers, or None where one can't be fused."""
-    if native.library() is None:
-        return None
-    family = FAMILIES[decoder.config.model_type]
-    steps = [_step(layer, decoder.config, family) for layer in decoder.layers]
-    return None if None in steps or not steps else tuple(step for step in steps if step is not None)
-
-
-def _step(layer: Any, config: Any, family: Family) -> Step | None:
-    """The fused steps of a layer, or None where its parts aren't those that they compute."""
-    attention = layer.get_submodule(family.attention)
-    linear = {role: layer.get_submodule(name) for role, name in LINEAR_ROLES.items()}
-    norms = [layer.get_submodule(family.input_norm), layer.get_submodule(family.post_norm)]
-    if family.qk_norm:
-        norms += [attention.q_norm, attention.k_norm]
-    mlp = layer.get_submodule(family.mlp)
-    if (
-        config.hidden_act not in GATES
-        or type(layer) is not family.load_class("DecoderLayer")
-        or type(attention) is not family.load_class("Attention")
-        or type(mlp) is not family.load_class("MLP")
-        or type(mlp.act_fn) is not type(ACT2FN[config.hidden_act])
-        or any(type(part) not in (PackedLinear, StoredLinear) for part in linear.values())
-        or any(type(norm) is not family.load_class("RMSNorm") or norm.weight.dtype != torch.float32 for norm in norms)
-        or len({norm.variance_epsilon for norm in norms}) != 1
-    ):
-        return None
-    window = _window(config, family, attention.layer_idx)
-    threads = max((part.threads for part in linear.values() if isinstance(part, PackedLinear)), default=1)
-    block = prepared(_block(linear, norms, config, attention), threads)
-    return Step(block, attention, "full_attention" if window is None else _SLIDING, window)
-
-
-def _window(config: Any, family: Family, layer: int) -> int | None:
-    """Tokens that a layer sees at most, by the family's rule."""
-    slides = family.window == "all" or (family.window == "typed" and config.layer_types[layer] == _SLIDING)
-    window: int | None = config.sliding_window if slides else None
-    return window
-
-
-def _block(linear: dict[str, Any], norms: list[Any], config: Any, attention: Any) -> Block:
-    """A layer's own tensors, as the fused steps take them."""
-    layers: dict[str, Any] = {
-        role: Linear(part.packed if isinstance(part, PackedLinear) else part.weight, part.bias)
-        for role, part in linear.items()
-    }
-    packed = [part for part in linear.values() if isinstance(part, PackedLinear)]
-    gains: list[Any] = [norm.weight for norm in norms]
-    return Block(
-        **layers,
-        attention_norm=gains[0],
-        mlp_norm=gains[1],
-        q_norm=gains[2] if gains[2:] else None,
-        k_norm=gains[3] if gains[2:] else None,
-        epsilon=norms[0].variance_epsilon,
-        head_dim=attention.head_dim,
-        rotary_dim=attention.head_dim,
-        act=GATES[config.hidden_act],
-        activations=packed[0].activations if packed else "float",
-    )
-
-
 def _readable(hidden: Tensor) -> bool:
     """Whether hidden states are what the first step reads; a hook may have changed those of the embedding."""
     if hidden.requires_grad and torch.is_grad_enabled():
@@ -357,15 +166,3 @@ def _differentiable(past: Any) -> bool:
     """Whether a cache holds keys or values that want a gradient."""
     held = (getattr(layer, name, None) for layer in getattr(past, "layers", ()) for name in ("keys", "values"))
     return any(isinstance(states, Tensor) and states.requires_grad for states in held)
-
-
-def _plain(keys: Any, values: Any, mask: Any) -> bool:
-    """Whether keys, values and mask are what the C++ attention reads."""
-    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-        return False
-    if keys.dtype != torch.float32 or values.dtype != torch.float32 or keys.stride(-1) != 1 or values.stride(-1) != 1:
-        return False
-    if mask is None:
-        return True
-    shape = (keys.shape[0], 1, 1, keys.shape[2])
-    return mask.dtype in (torch.bool, torch.float32) and mask.shape == shape and mask.stride(-1) == 1

@@ -58,8 +58,8 @@ def load(
         near = did_you_mean(activations, ACTIVATIONS)
         raise InputError("--activations", activations, "unknown", allowed=", ".join(ACTIVATIONS), fix=near)
     place = pick_device(device)
-    compute = Compute(pick_dtype(place) if dtype is None else dtype, activations, threads)
     _check_activations(activations, place)
+    compute = Compute(pick_dtype(place) if dtype is None else dtype, activations, threads)
     found = find(model, trust_remote_code=trust_remote_code)
     return found.open(compute, place, packed, kv), found.tokenizer
 

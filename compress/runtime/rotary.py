@@ -30,7 +30,8 @@ def without_state(model: nn.Module) -> None:
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if any(name in kind for kind in _listed(kinds) for name in _CHANGING) and not isinstance(module, Stateless):
-            module.__class__ = _stateless(type(module))
+            base: Any = type(module)
+            module.__class__ = _stateless(base)
 
 
 def _listed(kinds: Any) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from compress.kernels import kv_pack as op
-from compress.kernels.kv_pack import reference, triton
+from compress.kernels import native
+from compress.kernels.kv_pack import cpu, reference, triton
 from compress.kernels.proofs import DTYPES, Case, Compiled, Limits, OpSpec
 from compress.kernels.triton_support import Launch
 from torch import Tensor
@@ -144,12 +145,23 @@ def _compiled(name: str, width: int, bits: int, dtype: torch.dtype, **choices: A
     return Compiled(name, launch, Limits(registers=168 if choices.get("clip") else 128, mma=False, conversions=0))
 
 
+def _native(build: str, x: Tensor, bits: int, channels: Tensor | None, clip: bool, per_token: bool) -> Any:
+    library = native.built(build)
+    assert library is not None
+
+    def packed(x: Tensor, bits: int, channels: Tensor | None, clip: bool, per_token: bool) -> Any:
+        return cpu.kv_pack(x, bits, channels, (clip, per_token), library)
+
+    return _with_values(packed)(x, bits, channels, clip, per_token)
+
+
 SPEC = OpSpec(
     name="kv_pack",
     public=_with_values(op.kv_pack),
     reference=_with_values(reference.kv_pack),
     exact=exact,
     triton=_with_values(triton.kv_pack),
+    cpu=_native,
     cases=(
         _case("four-bits", (2, 2, 19, 64), 4),
         _case("four-bits-wide", (1, 1, 9, 256), 4, "none"),

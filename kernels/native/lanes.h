@@ -69,6 +69,10 @@ inline Floats load_bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
+inline Lanes widen(const uint8_t* p) {  // LANES bytes, each in a lane
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats floats(Lanes v) { return _mm512_cvtepi32_ps(v); }
 inline Lanes load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Lanes all_lanes(int32_t value) { return _mm512_set1_epi32(value); }
 inline Lanes both(Lanes a, Lanes b) { return _mm512_and_si512(a, b); }
@@ -107,6 +111,10 @@ inline Floats load_bytes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
+inline Lanes widen(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats floats(Lanes v) { return _mm256_cvtepi32_ps(v); }
 inline Lanes load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Lanes all_lanes(int32_t value) { return _mm256_set1_epi32(value); }
 inline Lanes both(Lanes a, Lanes b) { return _mm256_and_si256(a, b); }
@@ -154,6 +162,10 @@ inline Floats load_bytes(const uint8_t* p) {
     return Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
 }
 
+inline Lanes widen(const uint8_t* p) { return Lanes{p[0], p[1], p[2], p[3]}; }
+inline Floats floats(Lanes v) {
+    return Floats{static_cast<float>(v[0]), static_cast<float>(v[1]), static_cast<float>(v[2]), static_cast<float>(v[3])};
+}
 inline Lanes load_lanes(const uint8_t* p) {
     uint32_t words[4];
     for (int i = 0; i < 4; ++i) {  // byte b of a row is bits 8 b on, whatever the machine's order of bytes
@@ -205,6 +217,30 @@ inline float sum_of(Floats v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// The sums of four registers, side by side.
+inline void store_sums(float* out, Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX2__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    const auto halved = [](__m512 v) {
+        const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+        return _mm256_add_ps(_mm512_castps512_ps256(v), high);
+    };
+    const __m256 ab = _mm256_hadd_ps(halved(a), halved(b));
+    const __m256 cd = _mm256_hadd_ps(halved(c), halved(d));
+#else
+    const __m256 ab = _mm256_hadd_ps(a, b);
+    const __m256 cd = _mm256_hadd_ps(c, d);
+#endif
+    const __m256 all_four = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all_four), _mm256_extractf128_ps(all_four, 1)));
+#else
+    out[0] = sum_of(a);
+    out[1] = sum_of(b);
+    out[2] = sum_of(c);
+    out[3] = sum_of(d);
 #endif
 }
 

@@ -48,12 +48,27 @@ struct View {
           params(from.params == nullptr ? nullptr : from.params + b * from.params_batch + h * from.params_head),
           channels((b * call.kv_heads + h) * 2 * call.width) {}
 
-    float scale(int64_t t) const { return params == nullptr ? 1.0f : half_to_float(params[t * side.params_token]); }
-
-    // What is added to a code's multiple; int8 is expanded from 0 on, so it begins at -128 steps.
-    float shift(int64_t t) const {
-        if (params == nullptr) return 0.0f;
-        return side.bits == 8 ? -128.0f * scale(t) : half_to_float(params[t * side.params_token + 1]);
+    // Scales of `count` tokens from slot `first` on, and what is added to a code's multiple; int8 is expanded from 0 on,
+    // so it begins at -128 steps. `count` is a tile's at most, `pairs` scratch of twice as many.
+    void parameters(int64_t first, int64_t count, float* pairs, float* scales, float* shifts) const {
+        if (params == nullptr) {
+            std::fill(scales, scales + count, 1.0f);
+            std::fill(shifts, shifts + count, 0.0f);
+            return;
+        }
+        const int64_t each = side.bits == 8 ? 1 : 2;
+        const uint16_t* own = params + first * side.params_token;
+        if (side.params_token == each) {
+            int64_t i = 0;
+            for (; i + LANES <= each * count; i += LANES) store(pairs + i, load_half(own + i));
+            for (; i < each * count; ++i) pairs[i] = half_to_float(own[i]);
+        } else {
+            for (int64_t i = 0; i < each * count; ++i) pairs[i] = half_to_float(own[i / each * side.params_token + i % each]);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            scales[i] = pairs[each * i];
+            shifts[i] = each == 1 ? -128.0f * pairs[i] : pairs[2 * i + 1];
+        }
     }
 
     // c and mu as floats, [2][width].
@@ -65,72 +80,83 @@ struct View {
     }
 };
 
-void to_floats(const uint8_t* bytes, int64_t count, float* out) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(out + i, load_bytes(bytes + i));
-    for (; i < count; ++i) out[i] = static_cast<float>(bytes[i]);
-}
-
-// Codes of `count` tokens from slot `first` on, as floats [count][width]; `bytes` is scratch of width bytes and some more.
-void expand(const View& view, int64_t first, int64_t count, int64_t width, uint8_t* bytes, float* out) {
-    const CompressSide& side = view.side;
-    for (int64_t t = 0; t < count; ++t, out += width) {
-        const int64_t at = view.index + (first + t) * side.token;
-        if (side.bits == 16) {
-            int64_t d = 0;
-            for (; d + LANES <= width; d += LANES) store(out + d, load_kind(side.codes, side.kind, at + d));
-            for (; d < width; ++d) out[d] = number(side.codes, side.kind, at + d);
-            continue;
+// Codes of a token, N to a byte, as floats; the N parts of the channels lie in the N parts of the bits.
+template <int BITS>
+void expand_codes(const uint8_t* codes, int64_t width, float* out) {
+    constexpr int MASK = (1 << BITS) - 1;
+    const int64_t part = width * BITS / 8;
+    int64_t j = 0;
+    for (; j + LANES <= part; j += LANES) {
+        const Lanes bytes = widen(codes + j);
+        const Lanes mask = all_lanes(MASK);
+        store(out + j, floats(both(bytes, mask)));
+        store(out + j + part, floats(both(right<BITS>(bytes), mask)));
+        if constexpr (BITS == 2) {
+            store(out + j + 2 * part, floats(both(right<4>(bytes), mask)));
+            store(out + j + 3 * part, floats(right<6>(bytes)));
         }
-        const uint8_t* codes = view.bytes + at;
-        const int64_t part = width * side.bits / 8;
-        if (side.bits == 8) {
-            for (int64_t d = 0; d < width; ++d) bytes[d] = codes[d] ^ 0x80u;
-        } else if (side.bits == 4) {
-            for (int64_t j = 0; j < part; ++j) {
-                bytes[j] = codes[j] & 15u;
-                bytes[j + part] = codes[j] >> 4;
-            }
-        } else {
-            for (int64_t j = 0; j < part; ++j) {
-                bytes[j] = codes[j] & 3u;
-                bytes[j + part] = codes[j] >> 2 & 3u;
-                bytes[j + 2 * part] = codes[j] >> 4 & 3u;
-                bytes[j + 3 * part] = codes[j] >> 6;
-            }
-        }
-        to_floats(bytes, width, out);
+    }
+    for (; j < part; ++j) {
+        for (int n = 0; n < 8 / BITS; ++n) out[j + n * part] = static_cast<float>(codes[j] >> (BITS * n) & MASK);
     }
 }
 
-// dots[r][t] = rows[r] . tile[t] for ROWS rows and two tokens.
+void expand_int8(const uint8_t* codes, int64_t width, float* out) {
+    int64_t d = 0;
+    for (; d + LANES <= width; d += LANES) {
+        // -128 .. -1 stand as 128 .. 255, and 0 .. 127 as themselves: turning the eighth bit adds 128 to both
+        const Lanes bytes = widen(codes + d);
+        const Lanes low = both(bytes, all_lanes(127));
+        const Lanes high = both(right<7>(bytes), all_lanes(1));
+        store(out + d, add(sub(floats(low), mul(floats(high), all(128.0f))), all(128.0f)));
+    }
+    for (; d < width; ++d) out[d] = static_cast<float>(codes[d] ^ 0x80u);
+}
+
+// Codes of `count` tokens from slot `first` on, as floats [count][width].
+void expand(const View& view, int64_t first, int64_t count, int64_t width, float* out) {
+    const CompressSide& side = view.side;
+    for (int64_t t = 0; t < count; ++t, out += width) {
+        const int64_t at = view.index + (first + t) * side.token;
+        if (side.bits == 2) {
+            expand_codes<2>(view.bytes + at, width, out);
+        } else if (side.bits == 4) {
+            expand_codes<4>(view.bytes + at, width, out);
+        } else if (side.bits == 8) {
+            expand_int8(view.bytes + at, width, out);
+        } else {
+            int64_t d = 0;
+            for (; d + LANES <= width; d += LANES) store(out + d, load_kind(side.codes, side.kind, at + d));
+            for (; d < width; ++d) out[d] = number(side.codes, side.kind, at + d);
+        }
+    }
+}
+
+// out[r][t] = rows[r] . tile[t] for ROWS rows.
 template <int ROWS>
 void dots(const float* rows, const float* tile, int64_t tokens, int64_t width, float* out, int64_t out_stride) {
     int64_t t = 0;
-    for (; t + 2 <= tokens; t += 2) {
-        Floats sums[ROWS][2];
-        for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = zeros();
-        const float* a = tile + t * width;
-        const float* b = a + width;
+    for (; t + 4 <= tokens; t += 4) {
+        Floats sums[ROWS][4];
+        for (int r = 0; r < ROWS; ++r) {
+            for (int i = 0; i < 4; ++i) sums[r][i] = zeros();
+        }
+        const float* k = tile + t * width;
         int64_t d = 0;
         for (; d + LANES <= width; d += LANES) {
-            const Floats va = load(a + d);
-            const Floats vb = load(b + d);
-            for (int r = 0; r < ROWS; ++r) {
-                const Floats q = load(rows + r * width + d);
-                sums[r][0] = fma(q, va, sums[r][0]);
-                sums[r][1] = fma(q, vb, sums[r][1]);
+            Floats q[ROWS];
+            for (int r = 0; r < ROWS; ++r) q[r] = load(rows + r * width + d);
+            for (int i = 0; i < 4; ++i) {
+                const Floats own = load(k + i * width + d);
+                for (int r = 0; r < ROWS; ++r) sums[r][i] = fma(q[r], own, sums[r][i]);
             }
         }
         for (int r = 0; r < ROWS; ++r) {
-            float first = sum_of(sums[r][0]);
-            float second = sum_of(sums[r][1]);
+            float* to = out + r * out_stride + t;
+            store_sums(to, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
             for (int64_t e = d; e < width; ++e) {
-                first += rows[r * width + e] * a[e];
-                second += rows[r * width + e] * b[e];
+                for (int i = 0; i < 4; ++i) to[i] += rows[r * width + e] * k[i * width + e];
             }
-            out[r * out_stride + t] = first;
-            out[r * out_stride + t + 1] = second;
         }
     }
     for (; t < tokens; ++t) {
@@ -142,30 +168,35 @@ void dots(const float* rows, const float* tile, int64_t tokens, int64_t width, f
     }
 }
 
-// out[r] += sum over tokens of weights[r][t] tile[t], for ROWS rows.
+constexpr int WIDE = LANES == 16 ? 4 : 2;  // registers of a row that are summed into at once
+
+// out[r] += sum over tokens of weights[r][t] tile[t], for ROWS rows and N registers of channels.
+template <int ROWS, int N>
+void weighted_part(const float* weights, int64_t stride, const float* tile, int64_t tokens, int64_t width, float* out) {
+    Floats sums[ROWS][N];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int i = 0; i < N; ++i) sums[r][i] = load(out + r * width + i * LANES);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+        Floats own[N];
+        for (int i = 0; i < N; ++i) own[i] = load(tile + t * width + i * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            const Floats w = all(weights[r * stride + t]);
+            for (int i = 0; i < N; ++i) sums[r][i] = fma(w, own[i], sums[r][i]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int i = 0; i < N; ++i) store(out + r * width + i * LANES, sums[r][i]);
+    }
+}
+
 template <int ROWS>
 void weighted(const float* weights, int64_t stride, const float* tile, int64_t tokens, int64_t width, float* out) {
     int64_t d = 0;
-    for (; d + 2 * LANES <= width; d += 2 * LANES) {
-        Floats sums[ROWS][2];
-        for (int r = 0; r < ROWS; ++r) {
-            sums[r][0] = load(out + r * width + d);
-            sums[r][1] = load(out + r * width + d + LANES);
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-            const Floats a = load(tile + t * width + d);
-            const Floats b = load(tile + t * width + d + LANES);
-            for (int r = 0; r < ROWS; ++r) {
-                const Floats w = all(weights[r * stride + t]);
-                sums[r][0] = fma(w, a, sums[r][0]);
-                sums[r][1] = fma(w, b, sums[r][1]);
-            }
-        }
-        for (int r = 0; r < ROWS; ++r) {
-            store(out + r * width + d, sums[r][0]);
-            store(out + r * width + d + LANES, sums[r][1]);
-        }
+    for (; d + WIDE * LANES <= width; d += WIDE * LANES) {
+        weighted_part<ROWS, WIDE>(weights, stride, tile + d, tokens, width, out + d);
     }
+    for (; d + LANES <= width; d += LANES) weighted_part<ROWS, 1>(weights, stride, tile + d, tokens, width, out + d);
     for (; d < width; ++d) {
         for (int r = 0; r < ROWS; ++r) {
             for (int64_t t = 0; t < tokens; ++t) out[r * width + d] += weights[r * stride + t] * tile[t * width + d];
@@ -205,8 +236,8 @@ class HeadWork {
         const int64_t width = call_.width;
         const int64_t first = (b_ * call_.heads + h_ * (call_.heads / call_.kv_heads)) * call_.rows;
         scores_ = buffer(block_ * total_);
-        folded_ = buffer(block_ * (width + 2));
-        tile_ = buffer(TILE_TOKENS * (width + 2) + width / 4 + 16);
+        folded_ = buffer(block_ * (width + 3));
+        tile_ = buffer(TILE_TOKENS * (width + 4));
         part_ = buffer(block_ * width);
         vectors_ = buffer(2 * width);
         if (!scores_ || !folded_ || !tile_ || !part_ || !vectors_) return false;
@@ -232,10 +263,14 @@ class HeadWork {
         for (int64_t s = 0; s < call_.count; place += extent(s), ++s) {
             if (extent(s) != 0) score(call_.segments[s], s, q, count, scores_.get() + place);
         }
-        for (int64_t r = 0; r < count; ++r) lse[r] = softmax(scores_.get() + r * total_);
+        float* inverses = folded_.get() + block_ * (width + 2);
+        for (int64_t r = 0; r < count; ++r) lse[r] = exponentials(scores_.get() + r * total_, inverses[r]);
         place = 0;
         for (int64_t s = 0; s < call_.count; place += extent(s), ++s) {
             if (extent(s) != 0) mix(call_.segments[s], s, count, scores_.get() + place, out);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            for (int64_t d = 0; d < width; ++d) out[r * width + d] *= inverses[r];
         }
     }
 
@@ -263,31 +298,28 @@ class HeadWork {
         }
         float* scales = tile_.get() + TILE_TOKENS * width;
         float* shifts = scales + TILE_TOKENS;
-        uint8_t* bytes = reinterpret_cast<uint8_t*>(shifts + TILE_TOKENS);
+        float* pairs = shifts + TILE_TOKENS;
         for (int64_t t = 0; t < extent(s); t += TILE_TOKENS) {
             const int64_t tokens = std::min(TILE_TOKENS, extent(s) - t);
             const int64_t slot = bounds(s)[0] + t;
-            expand(view, slot, tokens, width, bytes, tile_.get());
+            expand(view, slot, tokens, width, tile_.get());
             all_dots(folded_.get(), count, tile_.get(), tokens, width, scores + t, total_);
-            if (view.params == nullptr) {
-                for (int64_t r = 0; r < count; ++r) {
-                    for (int64_t i = 0; i < tokens; ++i) scores[r * total_ + t + i] += biases[r];
-                }
-                continue;
-            }
-            for (int64_t i = 0; i < tokens; ++i) {
-                scales[i] = view.scale(slot + i);
-                shifts[i] = view.shift(slot + i);
-            }
+            view.parameters(slot, tokens, pairs, scales, shifts);
             for (int64_t r = 0; r < count; ++r) {
                 float* own = scores + r * total_ + t;
-                for (int64_t i = 0; i < tokens; ++i) own[i] = scales[i] * own[i] + shifts[i] * sums[r] + biases[r];
+                const Floats sum = all(sums[r]);
+                const Floats bias = all(biases[r]);
+                int64_t i = 0;
+                for (; i + LANES <= tokens; i += LANES) {
+                    store(own + i, fma(load(scales + i), load(own + i), fma(load(shifts + i), sum, bias)));
+                }
+                for (; i < tokens; ++i) own[i] = scales[i] * own[i] + (shifts[i] * sums[r] + biases[r]);
             }
         }
     }
 
-    // Weights in the place of a row's scores; returns their log-sum-exp.
-    float softmax(float* scores) const {
+    // e^(score - largest) in the place of a row's scores, and one over their sum; returns the log-sum-exp.
+    float exponentials(float* scores, float& inverse) const {
         constexpr int PARTS = 16;
         float highest[PARTS];
         for (int j = 0; j < PARTS; ++j) highest[j] = scores[0];
@@ -298,15 +330,11 @@ class HeadWork {
         for (; i < total_; ++i) highest[0] = scores[i] > highest[0] ? scores[i] : highest[0];
         const float largest = *std::max_element(highest, highest + PARTS);
         for (i = 0; i < total_; ++i) scores[i] = exponential(scores[i] - largest);
-        float sums[PARTS] = {};
-        for (i = 0; i + PARTS <= total_; i += PARTS) {
-            for (int j = 0; j < PARTS; ++j) sums[j] += scores[i + j];
-        }
-        float total = 0.0f;
+        Floats sums = zeros();
+        for (i = 0; i + LANES <= total_; i += LANES) sums = add(sums, load(scores + i));
+        float total = sum_of(sums);
         for (; i < total_; ++i) total += scores[i];
-        for (int j = 0; j < PARTS; ++j) total += sums[j];
-        const float inverse = 1.0f / total;
-        for (i = 0; i < total_; ++i) scores[i] *= inverse;
+        inverse = 1.0f / total;
         return largest + std::log(total);
     }
 
@@ -319,18 +347,26 @@ class HeadWork {
         std::fill(part_.get(), part_.get() + count * width, 0.0f);
         float* scales = tile_.get() + TILE_TOKENS * width;
         float* shifts = scales + TILE_TOKENS;
-        uint8_t* bytes = reinterpret_cast<uint8_t*>(shifts + TILE_TOKENS);
+        float* pairs = shifts + TILE_TOKENS;
         for (int64_t t = 0; t < extent(s); t += TILE_TOKENS) {
             const int64_t tokens = std::min(TILE_TOKENS, extent(s) - t);
             const int64_t slot = bounds(s)[0] + t;
-            expand(view, slot, tokens, width, bytes, tile_.get());
-            for (int64_t i = 0; i < tokens; ++i) {
-                scales[i] = view.scale(slot + i);
-                shifts[i] = view.shift(slot + i);
-            }
+            expand(view, slot, tokens, width, tile_.get());
+            view.parameters(slot, tokens, pairs, scales, shifts);
             for (int64_t r = 0; r < count; ++r) {
                 float* own = weights + r * total_ + t;
-                for (int64_t i = 0; i < tokens; ++i) {
+                Floats share = zeros();
+                Floats shift = zeros();
+                int64_t i = 0;
+                for (; i + LANES <= tokens; i += LANES) {
+                    const Floats w = load(own + i);
+                    share = add(share, w);
+                    shift = fma(w, load(shifts + i), shift);
+                    store(own + i, mul(w, load(scales + i)));
+                }
+                shares[r] += sum_of(share);
+                shifted[r] += sum_of(shift);
+                for (; i < tokens; ++i) {
                     shares[r] += own[i];
                     shifted[r] += own[i] * shifts[i];
                     own[i] *= scales[i];

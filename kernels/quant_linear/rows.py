@@ -16,8 +16,8 @@ from torch import Tensor
 BLOCK = 16  # output rows
 CHUNK = 32  # inputs
 
-# Blocks of rows repacked at once: scratch of about 3 bytes a code, for K = 8192 some 6 MB.
-_CODES_AT_ONCE = 1 << 21
+# Blocks of rows repacked at once. Scratch is some 15 bytes a code where nothing that was freed fits again, hence 4 MB.
+_CODES_AT_ONCE = 1 << 18
 
 
 def pack(codes: Tensor, bits: int, group_size: int) -> Tensor:

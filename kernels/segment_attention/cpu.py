@@ -96,9 +96,7 @@ def _owned(segment: Segment) -> Segment:
         sides[f"{side}s"] = states.float() if bits == 16 and states.dtype not in KINDS else states
     if all(getattr(segment, name) is held for name, held in sides.items()) and segment.bounds.is_contiguous():
         return segment
-    return Segment(
-        **{**vars(segment), **sides, "bounds": segment.bounds.contiguous()}  # type: ignore[arg-type]
-    )
+    return Segment(**{**vars(segment), **sides, "bounds": segment.bounds.contiguous()})
 
 
 def _described(segment: Segment) -> CompressSegment:

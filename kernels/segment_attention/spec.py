@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compress.kernels import native
 from compress.kernels import segment_attention as op
 from compress.kernels.proofs import DTYPES, Case, Compiled, Limits, OpSpec
-from compress.kernels.segment_attention import reference, triton
+from compress.kernels.segment_attention import cpu, reference, triton
 from compress.kernels.segment_attention.segment import Segment
 from compress.kernels.triton_support import Launch
 from torch import Tensor
@@ -164,12 +165,20 @@ _half, _brain = torch.float16, torch.bfloat16
 _decode = Limits(registers=128, conversions=2)  # four programs of 4 warps a multiprocessor; log2 converts an exponent
 _rows = Limits(registers=255, conversions=8, wgmma=True)
 
+
+def _native(build: str, q: Tensor, segments: tuple[Segment, ...], scaling: float) -> tuple[Tensor, Tensor]:
+    library = native.built(build)
+    assert library is not None
+    return cpu.segment_attention(q, segments, scaling, library)
+
+
 SPEC = OpSpec(
     name="segment_attention",
     public=op.segment_attention,
     reference=reference.segment_attention,
     exact=_exact,
     triton=triton.segment_attention,
+    cpu=_native,
     cases=CASES,
     configurations=(
         _compiled(128, (4, 4), _half, _decode),

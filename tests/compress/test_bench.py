@@ -19,9 +19,10 @@ from runs import quick, refused
 from tiny_cache import HalfCache
 from transformers import PreTrainedModel
 
+from compress import bench_side
 from compress.bench import Subject, bench, save
 from compress.bench_section import Measured, section
-from compress.bench_side import Facts, Settings
+from compress.bench_side import Facts, OpenSide, Settings
 from compress.events import Message
 from compress.options import BenchOptions
 from compress.runtime.cache import STEP
@@ -249,3 +250,20 @@ def test_notes_follow_from_the_bytes(baseline: Facts, model: Facts, notes: list[
     measured.peaks[0] = {"baseline": [None, None], "model": [None, None]}
     unknown = {row["metric"] for row in section(measured, {"baseline": "b", "model": "m"}, settings, 1)["rows"]}
     assert set(rows) - unknown == {"peak_memory", "peak_memory_generating"}
+
+
+def test_threads_of_packed_layers(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+
+    def load(model: str, **options: Any) -> None:
+        found.update(options)
+        raise InputError("--model", model, "was to be loaded")
+
+    monkeypatch.setattr(bench_side, "load", load)
+    settings = Settings(8, 5, (4,), "cpu", torch.float32, 0, False, packed_threads=3)
+    with pytest.raises(InputError, match="was to be loaded"):
+        OpenSide(Subject(str(artifact)), settings)()
+    assert found["threads"] == 3
+    assert "--threads" in refused("bench", str(artifact), "--threads", "0")
+    with pytest.raises(InputError, match="--threads=0: nothing would be computed"):
+        bench(str(artifact), str(artifact), BenchOptions(threads=0))

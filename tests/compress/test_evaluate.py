@@ -210,7 +210,7 @@ def test_the_cache_is_the_models_and_not_the_baselines(tiny: Tiny, artifact: Pat
         made.append(DynamicCache())
         return made[-1]
 
-    chosen = options(text, baseline=str(tiny("llama")))
+    chosen = options(text, baseline=str(tiny("llama")), kv_prompt=16)
     plain = evaluate(str(artifact), ["perplexity"], chosen)
     assert evaluate(str(artifact), ["perplexity"], chosen, cache).scores.metrics == plain.scores.metrics
     assert [one.get_seq_length() for one in made] == [32] * 4

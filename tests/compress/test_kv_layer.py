@@ -11,6 +11,7 @@ from compress.evalsuite.efficiency import allocated
 from compress.kernels.hadamard import rotation
 from torch import Tensor
 
+from compress.kv.arena import Place
 from compress.kv.layer import Handle, LayerFormat, PackedLayer
 from compress.kv.saliency import probe_rows, prompt_mass, salient, witnesses
 from compress.plan import KVBits, Packing
@@ -356,7 +357,7 @@ def test_probes_are_a_tenth_capped_ascending_and_the_same_again() -> None:
     assert torch.equal(rows, probe_rows(200, packing, 3))
     assert not torch.equal(rows, probe_rows(200, packing, 4))
     assert len(probe_rows(5000, packing, 3)) == 32
-    assert len(probe_rows(5000, packing.model_copy(update={"probe_cap": 0}), 3)) == 500
+    assert len(probe_rows(5000, dataclasses.replace(packing, probe_cap=0), 3)) == 500
     assert probe_rows(1, packing, 3).tolist() == [0]
 
 
@@ -373,8 +374,6 @@ def test_salient_tokens_have_the_higher_bits() -> None:
     query = query * 0.2 + query.mean(2, keepdim=True)
     feed(held, (query, key, value))
     assert held.store.labels is not None
-    from compress.kv.arena import Place
-
     place = Place(slice(0, 1), slice(0, 2))
     assert held.store.labels.read(place, 84)[0, :, 40].all()
     assert torch.equal(held.store.labels.read(place, 84).sum(2).int(), held.store.arenas["high"].counts)

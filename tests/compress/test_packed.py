@@ -158,12 +158,12 @@ def test_a_tied_head_stays_one_with_the_embedding(artifacts: Artifacts, change: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("sets", [CHANNELS, ASYMMETRIC], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("sets", [CHANNELS, ASYMMETRIC], ids=["bfloat16", "float32"])
 def test_stored_scales_keep_their_type(artifacts: Artifacts, sets: tuple[str, ...], dtype: torch.dtype) -> None:
     model, _ = load(artifacts("llama_untied", *sets))
     layer, scale = model.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.up_proj.scale.clone()
     expected = logits(model)
-    assert scale.dtype == (torch.bfloat16 if sets is CHANNELS else torch.float16)
+    assert scale.dtype == (torch.bfloat16 if sets is CHANNELS else torch.float32)
     model.to(dtype)
     assert torch.equal(layer.scale, scale)
     assert layer.scale.dtype == scale.dtype
@@ -175,7 +175,7 @@ def test_stored_scales_keep_their_type(artifacts: Artifacts, sets: tuple[str, ..
 
 @pytest.mark.skipif(not HighWater(torch.device("cpu")).resettable, reason="memory high water can't be begun anew here")
 def test_peak_memory_while_loading(tmp_path: Path, text: Path) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 4}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 8}
     out = quick(save_tiny("llama", tmp_path / "m", **sizes), "rtn", tmp_path / "out", text, "weights.group_size=64").out
     load(out)  # what is imported on the way
     release()
@@ -185,9 +185,8 @@ def test_peak_memory_while_loading(tmp_path: Path, text: Path) -> None:
     peak, files = water.peak(), (out / "model.safetensors").stat().st_size
     assert peak is not None
     assert allocated(model).nbytes <= 1.02 * files
-    scratch = 24_000_000  # two million codes are repacked at once, whatever the model's size
-    dense = 4 * model.config.num_hidden_layers * 3_800_000
-    assert peak < 1.3 * files + scratch < 0.7 * dense
+    assert files > 16_000_000  # so that scratch, 4 MB whatever the model's size, is less than 0.3 of it
+    assert peak < 1.3 * files
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -201,10 +200,8 @@ def test_threads(artifacts: Artifacts, threads: int) -> None:
     assert {layer.threads for layer in layers} == {threads}
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "bench", "eval"])
-def test_threads_of_commands(
-    artifacts: Artifacts, command: str, monkeypatch: pytest.MonkeyPatch, text: Path
-) -> None:
+@pytest.mark.parametrize("command", ["generate", "serve", "eval"])
+def test_threads_of_commands(artifacts: Artifacts, command: str, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     found: list[Compute] = []
 
     def stop(self: Any, compute: Compute, *args: Any, **kwargs: Any) -> None:
@@ -215,7 +212,6 @@ def test_threads_of_commands(
     others = {
         "generate": ["--prompt", "a"],
         "serve": ["--port", "0"],
-        "bench": ["--against", str(artifacts("llama")), "--prompt-tokens", "8", "--lengths", "8", "--new-tokens", "2"],
         "eval": ["--packed", "--text", str(text), "--window", "16", "--windows", "1"],
     }[command]
     assert "was to be loaded" in refused(command, str(artifacts("llama")), *others, "--threads", "3")
