@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from compress.kernels.kv_pack import kv_pack, kv_unpack
 from compress.kernels.segment_attention import Segment
-from torch import Tensor
 
 Change = Callable[[Tensor], Tensor]
 

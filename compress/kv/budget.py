@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from compress.calibrate.stream import ActivationFile
-from compress.kernels.hadamard import rotation
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from compress.calibrate.stream import ActivationFile
+from compress.kernels.hadamard import rotation
 from compress.kv.layer import LayerFormat, PackedLayer
 from compress.model import ModelView
 from compress.plan import KVBits, Packing

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compress.evalsuite.efficiency import allocated
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
+from compress.evalsuite.efficiency import allocated
 from compress.kv.bytes import KVBytes
 from compress.kv.layer import PackedLayer
 from compress.kv.schemes import Scheme

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compress.evalsuite.efficiency import allocated
-from compress.kernels.kv_pack import kv_pack, kv_unpack
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
 
+from compress.evalsuite.efficiency import allocated
+from compress.kernels.kv_pack import kv_pack, kv_unpack
 from compress.kv import channels
 from compress.kv.bytes import KVBytes
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compress.evalsuite.efficiency import allocated
-from compress.kernels.flash_prefill import flash_prefill
-from compress.kernels.segment_attention import merge, segment_attention
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from compress.evalsuite.efficiency import allocated
+from compress.kernels.flash_prefill import flash_prefill
+from compress.kernels.segment_attention import merge, segment_attention
 from compress.kv.bytes import KVBytes
 from compress.kv.reader import Reader
 from compress.kv.saliency import late_mass, probe_rows, prompt_mass, witnesses

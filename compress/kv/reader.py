@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from compress.kernels.segment_attention import prepared
 from torch import Tensor
 
+from compress.kernels.segment_attention import prepared
 from compress.kv.store import Store
 from compress.kv.window import Window
 

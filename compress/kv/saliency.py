@@ -8,9 +8,10 @@ makes nearly every recent token salient; ``normalizer="official"`` does that, fo
 import math
 
 import torch
+from torch import Tensor
+
 from compress.kernels.attention_mass import attention_mass
 from compress.plan import Packing
-from torch import Tensor
 
 
 def probe_rows(length: int, packing: Packing, layer: int) -> Tensor:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from compress.calibrate.errors import InputError, did_you_mean
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from compress.calibrate.errors import InputError, did_you_mean
 from compress.kv.kivi import GROUP, KiviCache, KiviFormat
 from compress.plan import AttentionPlan, KVBits, Packing, Source, sliding_layers
 from compress.plan_writer import PlanWriter

@@ -1,9 +1,9 @@
 """The first tokens of every sequence, kept at 16 bits: nearly every head attends to them (attention sinks)."""
 
 import torch
-from compress.kernels.segment_attention import Segment
 from torch import Tensor
 
+from compress.kernels.segment_attention import Segment
 from compress.kv.arena import Change, Place
 from compress.kv.window import stored_dtype
 

@@ -10,10 +10,9 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Any
 
+from compress.artifact.packed_checkpoint import stored_view
 from compress.calibrate.errors import InputError
 from compress.calibrate.stream import ActivationFile
-
-from compress.artifact.packed_checkpoint import stored_view
 from compress.events import LayerDone, LayerStarted, Message, StageDone, StageStarted
 from compress.job import Estimate, Job
 from compress.kv.budget import CANDIDATES, WINDOWS, Choice, Profile, choose, prompt_tokens

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 
 import torch
-from compress.kernels.kv_pack import kv_pack, kv_unpack
-from compress.kernels.segment_attention import Segment
-from compress.plan import KVBits, Packing
 from torch import Tensor
 
+from compress.kernels.kv_pack import kv_pack, kv_unpack
+from compress.kernels.segment_attention import Segment
 from compress.kv import channels
 from compress.kv.arena import Arena, Change, Channels, Place, Widths
 from compress.kv.labels import Labels
 from compress.kv.saliency import salient
 from compress.kv.sinks import Sinks
 from compress.kv.window import Tokens
+from compress.plan import KVBits, Packing
 
 DRIFT = 1.5  # a block whose error is so many times that of an epoch's first block begins another epoch
 SAMPLE = 64  # tokens by which that is judged

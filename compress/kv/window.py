@@ -7,10 +7,10 @@ slot. At 8 bits a token's keys, and its values, are int8 with one float16 step.
 from dataclasses import dataclass
 
 import torch
-from compress.kernels.kv_pack import kv_pack, kv_unpack
-from compress.kernels.segment_attention import Segment
 from torch import Tensor
 
+from compress.kernels.kv_pack import kv_pack, kv_unpack
+from compress.kernels.segment_attention import Segment
 from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
 

@@ -42,9 +42,7 @@ class FusedDecoder(nn.Module):
     norm: nn.Module
     rotary_emb: nn.Module
     attention_plan: AttentionPlan | None = None
-    _fusion: Fusion | None = (
-        None  # one value: threads never see the steps of one state and the parts of another
-    )
+    _fusion: Fusion | None = None  # one value: threads never see the steps of one state and the parts of another
 
     def forward(
         self,
