@@ -235,9 +235,13 @@ def saliency(bench: Bench, length: int) -> list[dict[str, Any]]:
             whole = attention_mass(query, key, rows, scaling).view(1, key.shape[1], -1, length).sum(2)
             whole = whole / witnesses(rows, length, official=False)
             for name, packing in (
-                ("probes", Packing(probe_cap=0, seed=seed)),
-                ("probes, at most 256", Packing(seed=seed)),
-                ("official normalizer", Packing(probe_cap=0, normalizer="official", seed=seed)),
+                ("5 % recent, 5 % random", Packing(probe_recent=0.05, probe_random=0.05, probe_cap=0, seed=seed)),
+                ("10 % random", Packing(probe_recent=0.0, probe_random=0.1, probe_cap=0, seed=seed)),
+                ("zipcache-plus", Packing(seed=seed)),
+                (
+                    "5 % + 5 %, official normalizer",
+                    Packing(probe_recent=0.05, probe_random=0.05, probe_cap=0, normalizer="official", seed=seed),
+                ),
             ):
                 probes = probe_rows(length, packing, layer)
                 mass = prompt_mass(query, key, probes, scaling)

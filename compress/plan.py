@@ -123,8 +123,8 @@ class Packing:
     window_min: int = Field(default=64, ge=0)
     flush: int = Field(default=128, ge=1)
     first_flush: int = Field(default=256, ge=1)
-    probe_recent: float = Field(default=0.05, ge=0, le=1)
-    probe_random: float = Field(default=0.05, ge=0, le=1)
+    probe_recent: float = Field(default=0.01, ge=0, le=1)
+    probe_random: float = Field(default=0.09, ge=0, le=1)
     probe_cap: int = Field(default=256, ge=0)
     normalizer: Literal["probes", "official"] = "probes"
     seed: int = 0
@@ -134,7 +134,7 @@ class Packing:
         """ZipCache as published, with probes counted correctly and nothing quantized twice."""
         return cls(
             key_scheme="channel", center=False, rotate=False, key_cst=False, clip=False, sinks=0, window_bits=16,
-            window_min=0, flush=100, first_flush=1, probe_cap=0, seed=seed,
+            window_min=0, flush=100, first_flush=1, probe_recent=0.05, probe_random=0.05, probe_cap=0, seed=seed,
         )  # fmt: skip
 
 

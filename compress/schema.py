@@ -263,9 +263,9 @@ class KV(Section):
         description="Tokens that must be there for the first packing, which fixes the channels' means and scales.",
     )
     probe_recent: Share = Field(
-        default=0.05, description="Share of the queries, the newest, by whose attention tokens are found salient."
+        default=0.01, description="Share of the queries, the newest, by whose attention tokens are found salient."
     )
-    probe_random: Share = Field(default=0.05, description="Share of queries drawn at random for that.")
+    probe_random: Share = Field(default=0.09, description="Share of queries drawn at random for that.")
     probe_cap: int = Field(default=256, ge=0, description="Most queries used for that; 0 is no limit.")
     normalizer: Literal["probes", "official"] = Field(
         default="probes",
