@@ -24,7 +24,8 @@ def separable(x: Tensor, middle: Tensor | None = None) -> Tensor:
         middle: [batch, heads, head_dim] that is subtracted first; None is zero.
     """
     middle = torch.zeros_like(x[:, :, 0], dtype=torch.float32) if middle is None else middle.half().float()
-    largest = (x.float() - middle[:, :, None]).abs().amax(2)
+    low, high = x.float().aminmax(dim=2)
+    largest = torch.maximum(high - middle, middle - low)
     return _pair(largest.sqrt(), middle)
 
 

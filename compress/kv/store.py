@@ -75,7 +75,8 @@ class Store:
         Raises:
             ValueError: a key or value that isn't finite.
         """
-        if not bool(tokens.keys.isfinite().all() and tokens.values.isfinite().all()):
+        # one sum each: a NaN or an infinity stays in it, and finite states of a model can't add up to one in float32
+        if not all(bool(states.sum(dtype=torch.float32).isfinite()) for states in (tokens.keys, tokens.values)):
             raise ValueError("keys or values of the model aren't finite (NaN or infinity), so they can't be packed")
         blocks = [
             block for place, start in self._places(first) if (block := self._block(place, tokens[start:])) is not None
