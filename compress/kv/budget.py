@@ -10,23 +10,21 @@ The choice minimises ``sum_l e(l, c_l)`` over the ways ``c_l`` with ``sum_l byte
 programme, solved exactly by HiGHS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import Tensor
 
 from compress.calibrate.stream import ActivationFile
 from compress.kernels.hadamard import rotation
 from compress.kv.layer import LayerFormat, PackedLayer
 from compress.model import ModelView
 from compress.plan import KVBits, Packing
+from compress.tap import NAME, Seen
 
-ATTENTION = "compress_shown_sdpa"
 CANDIDATES = (
     *(KVBits(high=(4, 4), low=(2, 2), ratio=ratio) for ratio in (0.0, 0.1, 0.3, 0.6, 1.0)),
     KVBits(high=(4, 2), low=(4, 2), ratio=1.0),
@@ -35,26 +33,6 @@ CANDIDATES = (
 
 WINDOWS = 8  # of the calibration text, at most
 TAIL = 4  # one part of so many of a window follows behind the prompt
-
-Shown = Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
-
-
-def shown_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
-) -> tuple[Tensor, None]:
-    """transformers' SDPA attention; with ``shown=f`` it calls ``f(query, key, value, output, scaling)``.
-
-    Shapes: query ``[batch, heads, T, head_dim]``, key and value ``[batch, kv_heads, T, head_dim]``, output
-    ``[batch, T, heads, head_dim]``.
-    """
-    show = kwargs.pop("shown", None)
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if show is not None:
-        show(query, key, value, output, kwargs["scaling"])  # type: ignore[operator]
-    return output, None
-
-
-AttentionInterface.register(ATTENTION, shown_attention)
 
 
 @dataclass(frozen=True)
@@ -95,28 +73,30 @@ class Profile:
         """Run a layer over all windows; returns the error of each way of packing it, none for no candidates."""
         view = self.view
         layer = view.build_layer(index, view.layer_weights(index)).to(self.device)
-        layer.get_submodule(view.family.attention).config._attn_implementation = ATTENTION  # type: ignore[union-attr]
+        layer.get_submodule(view.family.attention).config._attn_implementation = NAME  # type: ignore[union-attr]
         mask = view.attention_mask(index, self._length)
         wrong, whole = [0.0] * len(candidates), 0.0
 
-        def show(query: Tensor, key: Tensor, value: Tensor, output: Tensor, scaling: float) -> None:
+        def compare(seen: Seen) -> Tensor:
             nonlocal whole
             first = prompt_tokens(self._length)
+            output = seen.attend()
             wanted = output.transpose(1, 2)[:, :, first:]
             whole += float(wanted.double().square().sum())
             for number, bits in enumerate(candidates):
                 packed = PackedLayer(LayerFormat(self.packing, bits, index, self._rotation))
                 for part in (slice(0, first), slice(first, None)):
-                    packed.update(key[:, :, part], value[:, :, part])
-                    found = packed.attend(query[:, :, part], None, scaling)
+                    packed.update(seen.key[:, :, part], seen.value[:, :, part])
+                    found = packed.attend(seen.query[:, :, part], None, seen.scaling)
                 wrong[number] += float((found - wanted).double().square().sum())
+            return output
 
         for window in range(len(self.hidden)):
             output = layer(
                 self.hidden[window].unsqueeze(0).to(self.device),
                 attention_mask=None if mask is None else mask.to(self.device),
                 position_embeddings=self._positions,
-                shown=show if candidates else None,
+                tap=compare if candidates else None,
             )
             self.hidden[window] = output[0]
         return [error / max(whole, 1e-30) for error in wrong]

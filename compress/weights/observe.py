@@ -15,32 +15,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compress.families import Family
+from compress.tap import NAME, Seen
 
-ATTENTION = "compress_observed_sdpa"
 Observer = Callable[[Tensor, Tensor, float], None]
-
-
-def observed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
-) -> tuple[Tensor, None]:
-    """transformers' SDPA attention; with ``observer=f`` it calls ``f(query, key, scaling)`` and attends to nothing.
-
-    Shapes: query ``[batch, heads, T, head_dim]``, key and value ``[batch, kv_heads, T, head_dim]``, output
-    ``[batch, T, heads, head_dim]``.
-    """
-    observer = kwargs.pop("observer", None)
-    if observer is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, None
-    observer(query, key, kwargs["scaling"])  # type: ignore[operator]
-    return torch.zeros_like(query).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, observed_attention)
 
 
 class Pieces:
@@ -60,7 +39,7 @@ class Pieces:
         self.mask = mask
         self._widths = {role: self.linear(role).in_features for role in family.roles}
         self.attention = layer.get_submodule(family.attention)
-        self.attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr]
+        self.attention.config._attn_implementation = NAME  # type: ignore[union-attr]
 
     def linear(self, role: str) -> nn.Linear:
         """The linear layer of a role: q, k, v, o, gate, up, down."""
@@ -82,7 +61,12 @@ class Pieces:
 
     def look(self, x: Tensor, observer: Observer) -> None:
         """Show the queries ``[1, heads, T, head_dim]``, keys ``[1, kv_heads, T, head_dim]`` and scaling."""
-        self._attend(x, observer=observer)
+
+        def show(seen: Seen) -> Tensor:
+            observer(seen.query, seen.key, seen.scaling)
+            return torch.zeros_like(seen.query).transpose(1, 2)  # nothing is attended to
+
+        self._attend(x, tap=show)
 
     def mlp_input(self, hidden: Tensor) -> Tensor:
         """What gate and up read."""
