@@ -15,11 +15,12 @@ from functools import partial
 import click
 import torch
 import torch.nn.functional as F
-from compress.kernels.hadamard import rotation
 from compress.kernels.segment_attention import path
 from torch import Tensor
 
-from compress.kv.layer import LayerFormat, PackedLayer
+from compress.kv.layer import Cluster, PlanLayer
+from compress.kv.packed import PackedFormat, PackedPart
+from compress.kv.rotation import Rotation
 from compress.plan import KVBits, Packing
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64  # SmolLM2-135M
@@ -45,7 +46,7 @@ def dense(prompt: States) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True, scale=SCALE)
 
 
-def packed(layer: PackedLayer, new: States) -> Tensor:
+def packed(layer: PlanLayer, new: States) -> Tensor:
     layer.update(new[1], new[2])
     return layer.attend(new[0], None, SCALE)
 
@@ -57,8 +58,9 @@ def spread(ratios: list[float]) -> str:
 
 def row(length: int, layers: int, rounds: int) -> str:
     """One length's figures."""
-    generator, turn = torch.Generator().manual_seed(0), rotation(WIDTH, "hadamard", 0)[0].float()
-    held = [PackedLayer(LayerFormat(Packing(), KVBits(), i, turn)) for i in range(layers)]
+    generator, turn = torch.Generator().manual_seed(0), Rotation(WIDTH)
+    parts = [PackedPart(PackedFormat(Packing(), KVBits(), i, turn)) for i in range(layers)]
+    held = [PlanLayer(i, [Cluster(None, part)]) for i, part in enumerate(parts)]
     prompts = [states(length, generator) for _ in held]
     more, whole = [], []
     for layer, prompt in zip(held, prompts, strict=True):
@@ -71,8 +73,8 @@ def row(length: int, layers: int, rounds: int) -> str:
             dense((new[0], key, value))
 
     def read(new: States) -> None:
-        for layer in held:
-            layer.reader.read(new[0], layer.store, layer.window, SCALE)
+        for part in parts:
+            part.read(new[0], SCALE)
 
     def stepped(new: States) -> None:
         for layer in held:

@@ -147,18 +147,17 @@ class Arena:
         for epoch in self.epochs:
             epoch.bounds = torch.minimum(epoch.bounds, counts.to(self.device)[:, :, None])
 
-    def change(self, change: Change) -> None:
-        """Apply a function of the batch's dimension to every tensor."""
+    def change(self, change: Change, once: Change) -> None:
+        """Apply a function of the batch's dimension to every tensor; ``once`` is for those that arenas share."""
         for name in ("keys", "values", "key_params", "value_params"):
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, change(held))
         self.counts = change(self.counts)
-        changed: dict[int, Tensor] = {}
         for epoch in self.epochs:
             epoch.bounds = change(epoch.bounds)
             for name in ("keys", "values"):
                 if (vectors := getattr(epoch.channels, name)) is not None:
-                    setattr(epoch.channels, name, changed.setdefault(id(vectors), change(vectors)))
+                    setattr(epoch.channels, name, once(vectors))
 
     def payload(self, width: int) -> int:
         """Bytes of the codes."""

@@ -19,8 +19,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from compress.calibrate.stream import ActivationFile
-from compress.kernels.hadamard import rotation
-from compress.kv.layer import LayerFormat, PackedLayer
+from compress.kv.layer import Cluster, PlanLayer
+from compress.kv.packed import PackedFormat, PackedPart
+from compress.kv.rotation import Rotation
 from compress.model import ModelView
 from compress.plan import KVBits, Packing
 from compress.tap import NAME, Seen
@@ -63,8 +64,7 @@ class Profile:
     def __init__(self, view: ModelView, packing: Packing, device: torch.device, hidden: ActivationFile) -> None:
         self.view, self.packing, self.device, self.hidden = view, packing, device, hidden
         self._length = hidden.shape[1]
-        turned = rotation(view.facts.head_dim, "hadamard", 0)[0].float().to(device) if packing.rotate else None
-        self._rotation = turned
+        self._rotation = Rotation(view.facts.head_dim) if packing.rotate else None
         cos, sin = view.position_embeddings(self._length)
         self._positions = (cos.to(device), sin.to(device))
 
@@ -84,7 +84,8 @@ class Profile:
             wanted = output.transpose(1, 2)[:, :, first:]
             whole += float(wanted.double().square().sum())
             for number, bits in enumerate(candidates):
-                packed = PackedLayer(LayerFormat(self.packing, bits, index, self._rotation))
+                part = PackedPart(PackedFormat(self.packing, bits, index, self._rotation))
+                packed = PlanLayer(index, [Cluster(None, part)])
                 for part in (slice(0, first), slice(first, None)):
                     packed.update(seen.key[:, :, part], seen.value[:, :, part])
                     found = packed.attend(seen.query[:, :, part], None, seen.scaling)

@@ -36,7 +36,7 @@ def plain(x: Tensor, middle: Tensor | None = None) -> Tensor | None:
 
 def by_channel(x: Tensor, bits: int) -> Tensor:
     """``(step, minimum)`` of every channel over the tokens, [batch, heads, 2, head_dim] float16."""
-    low, high = x.float().amin(2), x.float().amax(2)
+    low, high = x.float().aminmax(dim=2)
     return _pair((high - low) / (2**bits - 1), low)
 
 

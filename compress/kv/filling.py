@@ -14,30 +14,13 @@ from transformers import Cache, PreTrainedConfig
 
 from compress.evalsuite.efficiency import allocated
 from compress.kv.bytes import KVBytes
-from compress.kv.layer import PackedLayer
+from compress.kv.layer import PlanLayer
+from compress.kv.packed import PackedPart
+from compress.kv.part import Part
 from compress.kv.schemes import Scheme
-from compress.kv.window import Tokens
 
 CLOSE = 0.01
 """Allocated bytes that differ by no more than this share are equal."""
-
-
-class _Unattended(PackedLayer):
-    """A packed layer that takes tokens in, finds any of them salient, and attends to nothing."""
-
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """As the layer, without its answer."""
-        assert self._staged is not None
-        (key, value), self._staged = self._staged, None
-        count, window = key.shape[2], self.window
-        new = Tokens(self._rotated(key), value)
-        if self.format.scored:
-            new.add_scores(torch.rand(key.shape[:3]), torch.ones(len(key), count))
-        self._note_columns(count, None)
-        if not len(window):
-            window.begin_at(torch.zeros(len(key), dtype=torch.int64))
-        self._flush_if_due(new)
-        return value
 
 
 @dataclass(frozen=True)
@@ -87,19 +70,18 @@ def filled_bytes(cache: Cache, shape: Shape, sizes: Sequence[int], seed: int = 0
     shared = allocated(cache).nbytes
     total = KVBytes(0, shared, shared)
     for members in kinds.values():
-        own = cache.layers[members[0]]
-        layer = _Unattended(own.format) if isinstance(own, PackedLayer) else own
-        others = [other for other in cache.layers if other is not own]
+        layer = cache.layers[members[0]]
+        others = [other for other in cache.layers if other is not layer]
         _fill(
             layer,
             shape,
             _apart(sizes) if getattr(layer, "is_sliding", False) else sizes,
             torch.Generator().manual_seed(seed),
         )
-        occupied = allocated(layer, besides=[others, getattr(layer, "format", None)]).nbytes
+        occupied = allocated(layer, besides=[others, getattr(cache, "rotation", None)]).nbytes
         told = _told(layer, occupied, shape.heads * shape.width)
         if told.allocated != occupied:
-            raise RuntimeError(f"{type(own).__name__} says {told.allocated} bytes and occupies {occupied}")
+            raise RuntimeError(f"{type(layer).__name__} says {told.allocated} bytes and occupies {occupied}")
         total += KVBytes(*(len(members) * figure for figure in (told.payload, told.stored, occupied)))
     return total
 
@@ -167,8 +149,8 @@ def _fill(layer: Any, shape: Shape, sizes: Sequence[int], generator: torch.Gener
             continue
         keys, values = shape.states(tokens, generator)
         layer.update(keys, values)
-        if isinstance(layer, _Unattended):
-            layer.attend(keys, None, 1.0)
+        if isinstance(layer, PlanLayer):
+            layer.keep(torch.rand(keys.shape[:3], generator=generator))
 
 
 def _told(layer: Any, occupied: int, numbers: int) -> KVBytes:
@@ -186,5 +168,10 @@ def _told(layer: Any, occupied: int, numbers: int) -> KVBytes:
 
 def _kind(layer: Any) -> Any:
     """What two layers have in common that are kept alike."""
-    format = getattr(layer, "format", None)
-    return type(layer), getattr(format, "bits", None), getattr(layer, "sliding_window", None)
+    if isinstance(layer, PlanLayer):
+        return tuple((cluster.heads, _how(cluster.part)) for cluster in layer.clusters)
+    return type(layer), getattr(layer, "sliding_window", None)
+
+
+def _how(part: Part) -> Any:
+    return part.format.bits if isinstance(part, PackedPart) else getattr(part, "reach", part)

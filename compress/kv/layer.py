@@ -1,102 +1,90 @@
-"""One layer of a packed KV cache, as transformers sees it.
+"""One layer of a cache that an attention plan describes, as transformers sees it.
 
-The life of a token (arXiv 2405.14256, with what kv.md of the house adds): it waits in the window; when the window is
-full its oldest tokens are scored, the first of all become sinks, the others are packed, salient ones with more bits,
-and never touched again. ``update`` can only take keys and values in, because it isn't shown the queries; so it returns
-a handle, and the attention function (``compress.runtime.attention``) asks the layer behind it to attend.
-
-Everything is kept in rotated space where ``packing.rotate`` is set: ``q R . k R = q . k`` for an orthogonal R.
+``update`` can only take keys and values in, because it isn't shown the queries; so it returns a handle, and the
+attention function (``compress.runtime.attention``) asks the layer behind it to attend. The layer deals with what
+transformers sends: columns and padding, further chunks, crops, beams. Keys and values themselves are in its parts, one
+for each group of KV heads that are kept alike (``part.py``).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from compress.evalsuite.efficiency import allocated
-from compress.kernels.flash_prefill import flash_prefill
-from compress.kernels.segment_attention import merge, segment_attention
+from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
-from compress.kv.reader import Reader
-from compress.kv.saliency import late_mass, probe_rows, prompt_mass, witnesses
-from compress.kv.store import Store
-from compress.kv.window import Tokens, Window
-from compress.plan import KVBits, Packing
-
-PROBE_EVERY = 8  # steps of decoding between two rows whose attention is looked at
+from compress.kv.part import Call, Part
+from compress.kv.window import Tokens
 
 
 class Handle:
     """What stands in the place of keys and values between ``update`` and the attention function."""
 
-    def __init__(self, layer: "PackedLayer") -> None:
+    def __init__(self, layer: "PlanLayer") -> None:
         self.layer = layer
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"packed keys and values have no {name!r}: another attention function than 'compress_plan' was called; "
-            "select it with model.set_attn_implementation('compress_plan')"
+            f"this cache's keys and values have no {name!r}: another attention function than 'compress_plan' was "
+            "called; select it with model.set_attn_implementation('compress_plan')"
         )
 
 
 @dataclass(frozen=True)
-class LayerFormat:
-    """How one layer keeps its tokens.
+class Cluster:
+    """KV heads of a layer that are kept alike.
 
     Attributes:
-        packing: what holds for the whole cache.
-        bits: of this layer.
-        index: of the layer, which seeds its probes.
-        rotation: orthogonal [head_dim, head_dim] float32 shared by all layers, or None.
+        heads: their numbers, ascending; None for all.
+        part: keeps them.
     """
 
-    packing: Packing
-    bits: KVBits
-    index: int
-    rotation: Tensor | None
-
-    @property
-    def scored(self) -> bool:
-        """Whether saliency decides anything."""
-        return 0 < self.bits.ratio < 1 and self.bits.high != self.bits.low
+    heads: tuple[int, ...] | None
+    part: Part
 
 
-class PackedLayer(CacheLayerMixin):
+class PlanLayer(CacheLayerMixin):
     """The cache of one layer; see the module's text.
 
     Args:
-        format: how tokens are kept.
+        index: of the layer, for messages.
+        clusters: every KV head is in one of them.
     """
 
     is_sliding = False
-    is_croppable = True
 
-    def __init__(self, format: LayerFormat) -> None:
+    def __init__(self, index: int, clusters: Sequence[Cluster]) -> None:
         super().__init__()
-        self.format = format
+        self.index, self.clusters = index, tuple(clusters)
         self._staged: tuple[Tensor, Tensor] | None = None
         self._columns = 0  # tokens and padding that were taken in
         self._valid: Tensor | None = None  # [batch, columns] bool, once there was padding
-        self._steps = 0
+        self._inference = False  # whether some tensors are inference mode's, which nobody else may write to
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the last tokens can be forgotten as things are."""
+        return all(cluster.part.croppable for cluster in self.clusters)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take type, device and shape from the first keys [batch, KV heads, tokens, head_dim].
 
         Raises:
-            ValueError: a head size that can't be packed, or values of another shape.
+            ValueError: values of another shape than the keys, or a head size that can't be packed.
         """
-        if key_states.shape[-1] % 8 or key_states.shape != value_states.shape:
+        if key_states.shape != value_states.shape:
             raise ValueError(
-                f"layer {self.format.index}: keys {list(key_states.shape)} and values {list(value_states.shape)} can't "
-                "be packed; both need the same head_dim, a multiple of 8"
+                f"layer {self.index}: keys {list(key_states.shape)} and values {list(value_states.shape)} must have "
+                "the same shape"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.window = Window(self.format.packing.window_bits, key_states, self.format.scored)
-        self.store = Store(self.format.packing, self.format.bits, key_states)
-        self.reader = Reader()
+        self._batch, heads = key_states.shape[:2]
+        for cluster in self.clusters:
+            cluster.part.begin(_of(cluster, key_states, heads))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -119,165 +107,40 @@ class PackedLayer(CacheLayerMixin):
             [batch, heads, new, head_dim]; zeros where the query itself is padding.
 
         Raises:
-            ValueError: keys or values that aren't finite, found when they are packed.
+            ValueError: a mask that treats earlier tokens otherwise than when they came; keys or values that aren't
+                finite, found when they are packed.
         """
-        if self._staged is None:
-            raise RuntimeError(f"layer {self.format.index}: attention was called without new keys and values")
-        (key, value), self._staged = self._staged, None
+        key, value = self._taken()
         count = query.shape[2]
-        valid = None if mask is None or bool(mask[:, -count:].all()) else mask[:, -count:].bool()
+        valid = self._shown(mask, count)
+        alone = self._columns == 0
         self._note_columns(count, valid)
-        if count == 1 and valid is None and self._columns > 1:
-            return self._step(query, key, value, scaling)
-        return self._chunk(query, Tokens(key, value), valid, scaling)
-
-    def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """One new token of every sequence."""
-        query, key = self._rotated(query), self._rotated(key)
-        if self.window.append(Tokens(key, value)):
-            self.reader.forget()
-        out, lse = self.reader.read(query, self.store, self.window, scaling)
-        self._steps += 1
-        if self.format.scored and self._steps % PROBE_EVERY == 0:
-            self._probe(query, lse, scaling)
-        self._flush_if_due(Tokens(key[:, :, :0], value[:, :, :0]))
-        return out.to(value.dtype)
-
-    def _chunk(self, query: Tensor, new: Tokens, valid: Tensor | None, scaling: float) -> Tensor:
-        """A prompt, or a further part of one."""
+        if count == 1 and valid is None and not alone:
+            return self._each(query, key, value, lambda part, q, new: part.step(q, new, scaling))
         order = None if valid is None else valid.to(torch.int8).argsort(dim=1, stable=True)  # padding to the left
         if order is not None:
-            query, new = _ordered(query, order), new.gathered(order)
-        first = torch.zeros(len(query), dtype=torch.int64) if valid is None else (~valid).sum(1).cpu()
-        if self._columns == len(new):
-            out = self._prompt(query, new, first, scaling)
-            new.keys = self._rotated(new.keys)
-        else:
-            query, new.keys = self._rotated(query), self._rotated(new.keys)
-            out, new, first = self._further(query, new, first, scaling)
-        if not len(self.window):
-            self.window.begin_at(first)
-        self._flush_if_due(new)
-        return out if order is None else torch.zeros_like(out).scatter_(2, _wide(order, out), out)
+            query, key, value = (_ordered(states, order) for states in (query, key, value))
+        call = Call(scaling, self._padding(valid), alone)
+        out = self._each(query, key, value, lambda part, q, new: part.chunk(q, new, call))
+        if order is None or valid is None:
+            return out
+        out = torch.empty_like(out).scatter_(2, _wide(order, out), out)
+        return out.masked_fill_(~valid[:, None, :, None], 0.0)
 
-    def _prompt(self, query: Tensor, new: Tokens, first: Tensor, scaling: float) -> Tensor:
-        """The first tokens of all attend one another in full precision."""
-        if bool((first == 0).all()):
-            out = F.scaled_dot_product_attention(
-                query, new.keys, new.values, is_causal=len(new) > 1, scale=scaling, enable_gqa=True
-            )
-        else:
-            end = torch.full_like(first, len(new))
-            bounds = torch.stack([first, end], 1).to(query.device)
-            out, _ = flash_prefill(query, new.keys, new.values, scaling, bounds)
-        if self.format.scored:
-            self._score_prompt(query, new, first, scaling)
-        return out
+    def keep(self, mass: Tensor | None = None) -> None:
+        """Keep the staged tokens without attending, to count bytes.
 
-    def _score_prompt(self, query: Tensor, new: Tokens, first: Tensor, scaling: float) -> None:
-        packing = self.format.packing
-        new.mass = query.new_zeros(new.keys.shape[:3], dtype=torch.float32)
-        new.seen = query.new_zeros(len(query), len(new), dtype=torch.float32)
-        for row, start in enumerate(first.tolist()):
-            length = len(new) - start
-            if length == 0:
-                continue
-            own = slice(row, row + 1)
-            probes = probe_rows(length, packing, self.format.index)
-            new.mass[own, :, start:] = prompt_mass(query[own, :, start:], new.keys[own, :, start:], probes, scaling)
-            new.seen[row, start:] = witnesses(probes, length, packing.normalizer == "official").to(query.device)
-
-    def _further(self, query: Tensor, new: Tokens, first: Tensor, scaling: float) -> tuple[Tensor, Tokens, Tensor]:
-        """Tokens behind others: what is packed is seen by all, the window and the chunk causally."""
-        held, count = self.window.tokens(), len(new)
-        if self.format.scored:
-            new.mass = query.new_zeros(new.keys.shape[:3], dtype=torch.float32)
-            new.seen = query.new_zeros(len(query), count, dtype=torch.float32)
-        near = Tokens.joined(held, new) if len(held) else new
-        near.keys, near.values = near.keys.to(query.dtype), near.values.to(query.dtype)
-        begin = first if not len(held) else self.window.first
-        if bool((first > 0).any()) and len(held):  # padding between the window and the chunk: close the gap
-            slots = torch.arange(len(near))
-            there = (slots >= begin[:, None]) & ((slots < len(held)) | (slots >= (len(held) + first)[:, None]))
-            near = near.gathered(there.to(torch.int8).argsort(dim=1, stable=True).to(query.device))
-            begin = (~there).sum(1)
-            new, self.window = near, Window(self.window.bits, near.keys, self.format.scored)
-            self.reader.forget()
-        bounds = None
-        if bool((begin > 0).any()):
-            bounds = torch.stack([begin, torch.full_like(begin, len(near))], 1).to(query.device)
-        parts = [flash_prefill(query, near.keys, near.values, scaling, bounds)]
-        if segments := self.store.segments():
-            parts.append(segment_attention(query, segments, scaling))
-        out, lse = merge(parts)
-        if self.format.scored:
-            self._score_chunk(query, near, lse, begin, scaling)
-            if new is not near:
-                self.window.set_scores(near[: len(held)])
-                new = near[len(held) :]
-        return out, new, begin if new is near else first
-
-    def _score_chunk(self, query: Tensor, near: Tokens, lse: Tensor, begin: Tensor, scaling: float) -> None:
-        """Add what the probes of a chunk say to what is known of the tokens that may still be scored."""
-        count, length, packing = query.shape[2], len(near), self.format.packing
-        rows = probe_rows(count, packing, self.format.index).to(query.device)
-        places = rows + length - count
-        slots = torch.arange(length, device=query.device)
-        sees = (slots <= places[:, None])[None] & (slots >= begin.to(query.device)[:, None, None])
-        real = places >= begin.to(query.device)[:, None]  # [batch, P]: a probe that is padding says nothing
-        sees = sees & real[..., None]
-        mass = late_mass(query[:, :, rows], near.keys, lse[:, :, rows].clamp(min=-1e30), scaling, sees[:, None])
-        seen = sees.sum(1).float()
-        if packing.normalizer == "official":
-            seen = torch.minimum(length - slots, torch.tensor(count, device=query.device)).float().expand_as(seen)
-        near.add_scores(mass, seen)
-
-    def _probe(self, query: Tensor, lse: Tensor, scaling: float) -> None:
-        """The newest rows tell of the window's tokens."""
-        window, held = self.window, self.window.tokens()
-        slots = torch.arange(len(held))
-        there = (slots >= window.first[:, None]).to(query.device)
-        mass = late_mass(query, held.keys, lse, scaling, there[:, None, None])
-        held.add_scores(mass, there.float() * (PROBE_EVERY if self.format.packing.normalizer == "official" else 1))
-        window.set_scores(held)
-
-    def _flush_if_due(self, new: Tokens) -> None:
-        """Pack the oldest tokens if there are too many; the others stay in the window."""
-        packing, window = self.format.packing, self.window
-        total = len(window) + len(new)
-        limit = (
-            packing.window_min + packing.flush if self.store.begun else max(packing.first_flush, packing.window_min + 1)
-        )
-        if total >= limit:
-            due = total - packing.window_min
-            from_window = min(due, len(window))
-            old = new[: due - from_window]
-            if from_window:
-                held = window.tokens()[:from_window]
-                old = Tokens.joined(held, old) if len(old) else held
-            self.store.pack(old, window.first.clamp(max=due))
-            self.reader.forget()
-            window.drop(from_window)
-            new = new[due - from_window :]
-            if not len(window):
-                window.begin_at((window.first - (due - from_window)).clamp(min=0))
-        if len(new):
-            window.append(new)
-            self.reader.forget()
-
-    def _rotated(self, x: Tensor) -> Tensor:
-        rotation = self.format.rotation
-        return x if rotation is None else x @ rotation.to(x)
-
-    def _note_columns(self, count: int, valid: Tensor | None) -> None:
-        if valid is not None or self._valid is not None:
-            batch, device = self.window.bounds.shape[0], self.device
-            before = self._valid
-            if before is None:
-                before = torch.ones(batch, self._columns, dtype=torch.bool, device=device)
-            now = torch.ones(batch, count, dtype=torch.bool, device=device) if valid is None else valid
-            self._valid = torch.cat([before, now], 1)
-        self._columns += count
+        Args:
+            mass: attention that they are said to have received, [batch, KV heads, new] float32, where it matters.
+        """
+        key, value = self._taken()
+        call = Call(1.0, self._padding(None), self._columns == 0)
+        self._note_columns(key.shape[2], None)
+        for cluster in self.clusters:
+            new = Tokens(*(_of(cluster, states, key.shape[1]) for states in (key, value)))
+            if mass is not None:
+                new.add_scores(_of(cluster, mass, key.shape[1]), torch.ones(len(key), len(new), device=key.device))
+            cluster.part.keep(new, call)
 
     def get_seq_length(self) -> int:
         """Columns, padding among them; positions and masks depend on it."""
@@ -292,10 +155,11 @@ class PackedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns, ``-tokens_to_remove`` of them; packed tokens too, whose others stay as they are.
+        """Forget the last columns, ``-tokens_to_remove`` of them; what is kept of the others stays as it is.
 
         Raises:
-            ValueError: a positive number, or more than there are.
+            ValueError: a positive number, more than there are, or tokens of heads that dropped what they would see
+                then.
         """
         count = -tokens_to_remove
         if count < 0 or count > self._columns:
@@ -303,19 +167,24 @@ class PackedLayer(CacheLayerMixin):
             raise ValueError(f"crop({tokens_to_remove}) of a cache with {self._columns} columns; allowed: {allowed}")
         if count == 0:
             return
-        removed = torch.full_like(self.window.first, count)
+        if not self.is_croppable:
+            raise ValueError(
+                f"crop({tokens_to_remove}): heads of layer {self.index} that see a window have dropped the tokens "
+                "before it; allowed: 0"
+            )
+        self._thaw()
+        removed = torch.full((self._batch,), count)
         if self._valid is not None:
             removed = self._valid[:, -count:].sum(1).cpu()
             self._valid = self._valid[:, :-count]
         self._columns -= count
-        from_window = torch.minimum(removed, len(self.window) - self.window.first)
-        self.window.cut(from_window)
-        self.store.crop(removed - from_window)
-        self.reader.forget()
+        for cluster in self.clusters:
+            cluster.part.crop(removed)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self.format)  # type: ignore[misc]
+        fresh = [Cluster(cluster.heads, cluster.part.fresh()) for cluster in self.clusters]
+        self.__init__(self.index, fresh)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences in another order, as beam search does."""
@@ -325,33 +194,111 @@ class PackedLayer(CacheLayerMixin):
         """Repeat every sequence."""
         self._change_batch(lambda held: held.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: "Tensor | Sequence[int]") -> None:
         """Keep some of the sequences."""
-        self._change_batch(lambda held: held[indices.to(held.device)])
+        self._change_batch(lambda held: held[torch.as_tensor(indices, device=held.device)])
 
     def offload(self) -> None:
-        """Not done: a packed layer is small, and would be moved for every token."""
+        """Not done: such a layer is small, and would be moved for every token."""
 
     def prefetch(self) -> None:
         """As ``offload``."""
 
-    def _change_batch(self, change: Any) -> None:
-        if not self.is_initialized:
-            return
-        self.window.change(change)
-        self.store.change(change)
-        if self._valid is not None:
-            self._valid = change(self._valid)
-        self.reader.forget()
-
     def nbytes(self) -> KVBytes:
-        """Bytes of the codes, of all that is kept for the tokens, and of all tensors with their spare room."""
+        """Bytes of keys and values, of all that is kept for the tokens, and of all tensors with their spare room."""
         if not self.is_initialized:
             return KVBytes(0, 0, 0)
-        window = self.window.stored()
-        payload = self.store.payload() + window.payload
-        stored = self.store.payload() + self.store.overhead() + window.stored
-        return KVBytes(payload, stored, allocated((self.window, self.store, self._valid)).nbytes)
+        total = sum((cluster.part.nbytes() for cluster in self.clusters), KVBytes(0, 0, 0))
+        return total + KVBytes(0, 0, allocated(self._valid).nbytes)
+
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        if self._staged is None:
+            raise RuntimeError(f"layer {self.index}: attention was called without new keys and values")
+        staged, self._staged = self._staged, None
+        self._thaw()
+        return staged
+
+    def _each(self, query: Tensor, key: Tensor, value: Tensor, attend: Any) -> Tensor:
+        """The output of every cluster, in its heads' places."""
+        if len(self.clusters) == 1:
+            out: Tensor = attend(self.clusters[0].part, query, Tokens(key, value))
+            return out
+        group = query.shape[1] // key.shape[1]
+        whole: Tensor | None = None
+        for cluster in self.clusters:
+            new = Tokens(*(_of(cluster, states, key.shape[1]) for states in (key, value)))
+            found = attend(cluster.part, _of(cluster, query, key.shape[1]), new)
+            whole = found.new_empty(query.shape) if whole is None else whole
+            _put(cluster, whole, found, group)
+        assert whole is not None
+        return whole
+
+    def _shown(self, mask: Tensor | None, count: int) -> Tensor | None:
+        """Which of the new columns are tokens, [batch, count] bool; None for all of them."""
+        if mask is None:
+            same, new = self._valid is None or bool(self._valid.all()), None
+        else:
+            if mask.shape[1] != self._columns + count:
+                raise ValueError(
+                    f"layer {self.index}: the attention mask has {mask.shape[1]} columns, the cache and the new tokens "
+                    f"{self._columns + count}"
+                )
+            before, new = mask[:, :-count].bool(), mask[:, -count:].bool()
+            same = bool(before.all()) if self._valid is None else torch.equal(before, self._valid)
+        if not same:
+            raise ValueError(
+                f"layer {self.index}: the attention mask hides or shows earlier tokens otherwise than when they came, "
+                "and what was packed or dropped can't be changed; reset the cache and send the tokens again"
+            )
+        return None if new is None or bool(new.all()) else new
+
+    def _padding(self, valid: Tensor | None) -> Tensor:
+        """Columns of padding of every sequence, [batch] int64 on the CPU."""
+        return torch.zeros(self._batch, dtype=torch.int64) if valid is None else (~valid).sum(1).cpu()
+
+    def _note_columns(self, count: int, valid: Tensor | None) -> None:
+        if valid is not None or self._valid is not None:
+            before = self._valid
+            if before is None:
+                before = torch.ones(self._batch, self._columns, dtype=torch.bool, device=self.device)
+            now = torch.ones(self._batch, count, dtype=torch.bool, device=self.device) if valid is None else valid
+            self._valid = torch.cat([before, now], 1)
+        self._columns += count
+
+    def _change_batch(self, change: Change) -> None:
+        if not self.is_initialized:
+            return
+        for cluster in self.clusters:
+            cluster.part.change(change)
+        if self._valid is not None:
+            self._valid = change(self._valid)
+        self._batch = len(change(torch.empty(self._batch)))
+
+    def _thaw(self) -> None:
+        """Tensors that were made in inference mode are copied, where they have to be written to outside of it."""
+        if torch.is_inference_mode_enabled():
+            self._inference = True
+        elif self._inference:
+            self._inference = False
+            self._change_batch(torch.clone)
+
+
+def _of(cluster: Cluster, states: Tensor, kv_heads: int) -> Tensor:
+    """The cluster's heads of [batch, heads, ...], of query heads too; a view where they lie side by side."""
+    if cluster.heads is None:
+        return states
+    group, first = states.shape[1] // kv_heads, cluster.heads[0]
+    if cluster.heads == tuple(range(first, first + len(cluster.heads))):
+        return states[:, first * group : (first + len(cluster.heads)) * group]
+    grouped = states.unflatten(1, (kv_heads, group))
+    return grouped[:, list(cluster.heads)].flatten(1, 2)
+
+
+def _put(cluster: Cluster, whole: Tensor, found: Tensor, group: int) -> None:
+    """Write the output of a cluster, [batch, its query heads, ...], into its heads' places."""
+    assert cluster.heads is not None
+    grouped = whole.unflatten(1, (-1, group))
+    grouped[:, list(cluster.heads)] = found.unflatten(1, (-1, group))
 
 
 def _ordered(states: Tensor, order: Tensor) -> Tensor:

@@ -25,11 +25,18 @@ class Sinks:
         return self.keys.shape[2] - int(self.counts[place.rows, place.heads].max())
 
     def append(self, place: Place, keys: Tensor, values: Tensor) -> None:
-        """Keep [rows, heads, tokens, head_dim], no more than there is room for."""
+        """Keep [rows, heads, tokens, head_dim], no more than there is room for.
+
+        Raises:
+            ValueError: a key or value beyond the range of the 16-bit type.
+        """
         held = int(self.counts[place.rows, place.heads].max())
         slots = slice(held, held + keys.shape[2])
         self.keys[place.rows, place.heads, slots] = keys.to(self.keys.dtype)
         self.values[place.rows, place.heads, slots] = values.to(self.values.dtype)
+        for name, kept in (("key", self.keys), ("value", self.values)):
+            if not bool(kept[place.rows, place.heads, slots].isfinite().all()):
+                raise ValueError(f"a {name} of the model is beyond the range of {kept.dtype}, in which sinks are kept")
         self._set(self.counts, place, slots.stop)
 
     def crop(self, counts: Tensor) -> None:

@@ -16,7 +16,8 @@ from compress.kv.window import Tokens
 from compress.plan import KVBits, Packing
 
 DRIFT = 1.5  # a block whose error is so many times that of an epoch's first block begins another epoch
-SAMPLE = 64  # tokens by which that is judged
+SAMPLE = 64  # tokens of a place by which that is judged
+LEAST = 16  # tokens that a place must bring to be judged by
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Store:
             if shares[name] > 0
         }
         self.labels = Labels(batch, heads, key.device) if len(self.arenas) == 2 else None
-        self.error: float | None = None  # of the first block of the epoch
+        self.error: float | None = None  # of the first tokens of the epoch that were enough to judge by
 
     @property
     def begun(self) -> bool:
@@ -91,8 +92,8 @@ class Store:
             arena.reserve(most, self.width)
         for block in blocks:
             self._append(block)
-        if opened and self.packing.key_scheme != "channel":
-            self.error = self._error(blocks[0])
+        if opened or self.error is None:
+            self.error = self._error(blocks)
 
     def crop(self, removed: Tensor) -> None:
         """Forget the last packed tokens, ``removed`` [batch] of each sequence, and sinks behind them."""
@@ -123,7 +124,7 @@ class Store:
         place = Place(slice(row, row + 1), slice(head, head + 1))
         high = torch.ones(count, dtype=torch.bool) if self.labels is None else self.labels.read(place, count)[0, 0]
         for name, arena in self.arenas.items():
-            if not arena.epochs:
+            if not int(arena.counts[row, head]):
                 continue
             chosen = high if name == "high" or self.labels is None else ~high
             keys[chosen], values[chosen] = arena.unpacked(row, head)
@@ -135,7 +136,16 @@ class Store:
 
     def change(self, change: Change) -> None:
         """Apply a function of the batch's dimension to every tensor."""
-        for part in (*self.arenas.values(), self.labels, self.sinks):
+        changed: dict[int, Tensor] = {}
+
+        def once(vectors: Tensor) -> Tensor:  # which classes share
+            if id(vectors) not in changed:
+                changed[id(vectors)] = change(vectors)
+            return changed[id(vectors)]
+
+        for arena in self.arenas.values():
+            arena.change(change, once)
+        for part in (self.labels, self.sinks):
             if part is not None:
                 part.change(change)
         self.batch = len(self.packed())
@@ -196,10 +206,10 @@ class Store:
         """Whether an epoch begins: the first one, one a flush for keys by channel, or tokens have drifted."""
         if not self.begun or self.packing.key_scheme == "channel":
             return True
-        if not (self.packing.center or self.packing.key_cst or self.packing.value_cst):
+        if self.error is None or not (self.packing.center or self.packing.key_cst or self.packing.value_cst):
             return False
-        assert self.error is not None
-        return self._error(blocks[0]) > DRIFT * self.error
+        error = self._error(blocks)
+        return error is not None and error > DRIFT * self.error
 
     def _begin(self) -> None:
         """An epoch whose channel vectors are filled in by the first block of every place."""
@@ -230,40 +240,47 @@ class Store:
         """Channel vectors of a place from the first of its tokens in the epoch."""
         packing = self.packing
         rows, heads = block.place.rows, block.place.heads
+        held = {}
         for name, arena in self.arenas.items():
-            epoch = arena.epochs[-1]
-            bounds = epoch.bounds[rows, heads]
-            if bool((bounds[..., 1] > bounds[..., 0]).any()):
+            bounds = arena.epochs[-1].bounds[rows, heads]
+            held[name] = bool((bounds[..., 1] > bounds[..., 0]).any())
+            if packing.key_scheme != "channel" or held[name]:
                 continue
-            if packing.key_scheme == "channel":
-                own = _taken(block.keys, block.chosen if name == "high" else ~block.chosen)
-                assert epoch.channels.keys is not None
-                if own.shape[2]:
-                    epoch.channels.keys[rows, heads] = channels.by_channel(own, arena.widths.key_bits)
-            elif epoch.channels.keys is not None:
-                middle = channels.centre(block.keys) if packing.center else None
-                vectors = (
-                    channels.separable(block.keys, middle) if packing.key_cst else channels.plain(block.keys, middle)
-                )
-                assert vectors is not None
-                epoch.channels.keys[rows, heads] = vectors
-            if epoch.channels.values is not None:
-                epoch.channels.values[rows, heads] = channels.separable(block.values)
+            own = _taken(block.keys, block.chosen if name == "high" else ~block.chosen)
+            keys = arena.epochs[-1].channels.keys
+            if own.shape[2] and keys is not None:
+                keys[rows, heads] = channels.by_channel(own, arena.widths.key_bits)
+        if any(held.values()):
+            return  # the other class has written with the vectors that both share
+        shared = next(iter(self.arenas.values())).epochs[-1].channels
+        if packing.key_scheme == "token" and shared.keys is not None:
+            middle = channels.centre(block.keys) if packing.center else None
+            vectors = channels.separable(block.keys, middle) if packing.key_cst else channels.plain(block.keys, middle)
+            assert vectors is not None
+            shared.keys[rows, heads] = vectors
+        if shared.values is not None:
+            shared.values[rows, heads] = channels.separable(block.values)
 
-    def _error(self, block: _Block) -> float:
-        """Relative squared error of a few of a block's tokens with the channel vectors in hand."""
+    def _error(self, blocks: list[_Block]) -> float | None:
+        """Relative squared error of a few tokens with the channel vectors in hand; None where they are too few."""
+        judged = [block for block in blocks if block.keys.shape[2] >= LEAST]
+        if not judged or self.packing.key_scheme == "channel":
+            return None
         arena = list(self.arenas.values())[-1]
         epoch, worst = arena.epochs[-1], 0.0
-        step = max(1, block.keys.shape[2] // SAMPLE)
-        for states, bits, vectors in (
-            (block.keys, arena.widths.key_bits, epoch.channels.keys),
-            (block.values, arena.widths.value_bits, epoch.channels.values),
+        for name, bits, vectors in (
+            ("keys", arena.widths.key_bits, epoch.channels.keys),
+            ("values", arena.widths.value_bits, epoch.channels.values),
         ):
-            x = states[:, :, ::step].float()
-            own = None if vectors is None else vectors[block.place.rows, block.place.heads]
-            found = kv_unpack(*kv_pack(x, bits, own, arena.widths.clip), bits, own)
-            spread = (x - x.mean(2, keepdim=True)).square().sum()
-            worst = max(worst, float((found - x).square().sum() / spread.clamp(min=1e-20)))
+            wrong, spread = 0.0, 0.0
+            for block in judged:
+                states: Tensor = getattr(block, name)
+                x = states[:, :, :: max(1, states.shape[2] // SAMPLE)].float()
+                own = None if vectors is None else vectors[block.place.rows, block.place.heads]
+                found = kv_unpack(*kv_pack(x, bits, own, arena.widths.clip), bits, own)
+                wrong += float((found - x).square().sum())
+                spread += float((x - x.mean(2, keepdim=True)).square().sum().clamp(min=1e-6 * x.square().sum()))
+            worst = max(worst, wrong / spread if spread else 0.0)
         return worst
 
 

@@ -174,7 +174,7 @@ class Window:
             None,
             None,
             self.bounds,
-            self.filled,
+            self.keys.shape[2],  # not only what is filled now: the segment is kept while more is
         )
 
     def __len__(self) -> int:

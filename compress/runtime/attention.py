@@ -2,8 +2,9 @@
 
 A cache driven by an attention plan (``plan_cache.py``) returns handles in the place of keys and values; the function
 asks the layer behind a handle to attend. Layers that the plan leaves alone return tensors, and for those the function
-is transformers' ``sdpa`` with the mask that ``sdpa`` would have got. Masks stay two-dimensional until then, so that a
-long prompt doesn't cost a matrix of its length squared.
+is transformers' ``sdpa`` with the mask that ``sdpa`` would have got. Causal masks stay two-dimensional until then, so
+that a long prompt doesn't cost a matrix of its length squared; all others, and those of a static cache, whose room is
+longer than what it holds, are made by transformers.
 """
 
 from typing import Any
@@ -11,17 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    causal_mask_function,
-    flash_attention_mask,
-    sdpa_mask,
-    sliding_window_causal_mask_function,
-)
+from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
 from compress.kv.layer import Handle
 
 NAME = "compress_plan"
-_HARMLESS = ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states")
+_HARMLESS = (
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
+    "return_dict", "num_items_in_batch",
+)  # fmt: skip
+_SDPA = ("sliding_window", "position_bias", "softcap", "output_attentions")
+"""What ``sdpa`` computes, finds in its mask, or refuses by itself."""
 
 
 def plan_attention(
@@ -53,23 +54,32 @@ def plan_attention(
         ValueError: an argument that isn't computed here, or one that needs gradients through a packed cache.
     """
     if not isinstance(key, Handle):
+        _refuse(module, kwargs, _SDPA)
         return _plain(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    window = kwargs.pop("sliding_window", None)
-    strange = [
-        name for name, held in kwargs.items() if name not in _HARMLESS and held is not None and held is not False
-    ]
-    if window is not None:
-        strange.append("sliding_window")
-    if kwargs.get("output_attentions"):
-        strange.append("output_attentions")
-    if strange or dropout or (attention_mask is not None and attention_mask.dim() != 2):
-        what = strange[0] if strange else "dropout" if dropout else f"a mask of {attention_mask.dim()} dimensions"  # type: ignore[union-attr]
-        raise ValueError(f"attention over a packed KV cache doesn't compute {what} (of {type(module).__name__})")
+    _refuse(module, kwargs)
+    if dropout or (attention_mask is not None and attention_mask.dim() != 2):
+        what = "dropout" if dropout else f"a mask of {attention_mask.dim()} dimensions"  # type: ignore[union-attr]
+        raise _unknown(module, what)
     if query.requires_grad:
         raise ValueError("a packed KV cache has no gradients; call the model under torch.no_grad()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = key.layer.attend(query, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(module: nn.Module, kwargs: dict[str, Any], known: tuple[str, ...] = ()) -> None:
+    """Raise for an argument that would change attention."""
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise _unknown(module, "attention that isn't causal")
+    for name, held in kwargs.items():
+        if name in known or held is None or held is False or name == "is_causal":
+            continue
+        if name not in _HARMLESS or name == "output_attentions":
+            raise _unknown(module, name)
+
+
+def _unknown(module: nn.Module, what: str) -> ValueError:
+    return ValueError(f"the attention function {NAME!r} doesn't compute {what} (of {type(module).__name__})")
 
 
 def _plain(
@@ -84,20 +94,48 @@ def _plain(
 ) -> tuple[Tensor, None]:
     """transformers' ``sdpa`` with its own mask."""
     if mask is None or mask.dim() == 2:
-        count, length, window = query.shape[2], key.shape[2], kwargs.get("sliding_window")
-        seen = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+        count, length = query.shape[2], key.shape[2]
         mask = sdpa_mask(
             batch_size=len(query),
             q_length=count,
             kv_length=length,
             q_offset=length - count,
-            mask_function=seen,
-            attention_mask=None if mask is None else mask[:, -length:],
-            local_size=window,
+            attention_mask=mask,
             device=query.device,
         )
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
+def plan_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: "int | Tensor" = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that transformers makes for :func:`plan_attention`; the signature is transformers'.
+
+    Returns:
+        For causal attention of the last tokens [batch, tokens] bool, None without padding; else what ``sdpa`` gets.
+    """
+    last = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    make = flash_attention_mask if last and mask_function is causal_mask_function else sdpa_mask
+    if not last:
+        kwargs["allow_is_causal_skip"] = False  # without a mask, queries are taken for the last tokens
+    return make(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
 AttentionInterface.register(NAME, plan_attention)
-AttentionMaskInterface.register(NAME, flash_attention_mask)
+AttentionMaskInterface.register(NAME, plan_mask)

@@ -55,8 +55,7 @@ class FusedDecoder(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """What the family's decoder returns for the same arguments, with a cache of ours where it would make one."""
-        caching = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and caching and not learns(self, inputs_embeds):
+        if past_key_values is None and caches(self, use_cache, inputs_embeds):
             plan = self.attention_plan
             past_key_values = GrowingCache(self.config) if plan is None else PlanCache(self.config, plan)
         if past_key_values is not None and inputs_embeds is None and self._asked(input_ids, attention_mask, kwargs):
@@ -134,11 +133,13 @@ class FusedDecoder(nn.Module):
         return self.__dict__ | {"_fusion": None}  # addresses aren't those of a copy
 
 
-def learns(decoder: nn.Module, embeds: Tensor | None) -> bool:
-    """Whether a gradient may go through a cache, which then can't be one that is written in place."""
-    if not torch.is_grad_enabled():
+def caches(decoder: Any, use_cache: bool | None, embeds: Tensor | None) -> bool:
+    """Whether a cache is to be made that is written in place: not where a gradient may go through it."""
+    if not (decoder.config.use_cache if use_cache is None else use_cache):
         return False
-    return (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in decoder.parameters())
+    if not torch.is_grad_enabled():
+        return True
+    return not (embeds is not None and embeds.requires_grad) and not any(p.requires_grad for p in decoder.parameters())
 
 
 def fused_class(family: Family) -> type[Any]:

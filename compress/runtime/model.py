@@ -10,7 +10,7 @@ from compress.families import Family
 from compress.plan import AttentionPlan
 from compress.runtime.attention import NAME
 from compress.runtime.cache import GrowingCache
-from compress.runtime.decoder import FusedDecoder, learns
+from compress.runtime.decoder import FusedDecoder, caches
 from compress.runtime.plan_cache import PlanCache
 
 
@@ -26,12 +26,18 @@ class Caching:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         made: Any = model_kwargs.get("past_key_values")
-        if given is not None or type(made) is not DynamicCache or made.offloading:
+        if given is not None or made is None:
             return
-        if self.attention_plan is None:
-            made.layers = GrowingCache.growing(made.layers)
-        else:
+        usual = type(made) is DynamicCache and not made.offloading
+        if self.attention_plan is not None:
+            if not usual:
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r} knows nothing of this model's "
+                    "attention plan; leave it out, or load the model without its plan (kv=False)"
+                )
             model_kwargs["past_key_values"] = PlanCache(self.config, self.attention_plan)
+        elif usual:
+            made.layers = GrowingCache.growing(made.layers)
 
 
 class Answering(Caching):
@@ -65,8 +71,7 @@ class PlannedDecoder(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """What the family's decoder returns for the same arguments."""
-        caching = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and caching and not learns(self, inputs_embeds):
+        if past_key_values is None and caches(self, use_cache, inputs_embeds):
             past_key_values = PlanCache(self.config, self.attention_plan)
         return super().forward(
             input_ids=input_ids,

@@ -6,10 +6,15 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from compress.kernels.hadamard import rotation
+from compress.calibrate.errors import InputError
 from compress.kv.bytes import KVBytes
-from compress.kv.layer import LayerFormat, PackedLayer
-from compress.plan import AttentionPlan, KVBits
+from compress.kv.layer import Cluster, PlanLayer
+from compress.kv.packed import PackedFormat, PackedPart
+from compress.kv.part import Part
+from compress.kv.plain import PlainPart, Reach
+from compress.kv.rotation import Rotation
+from compress.plan import FILE, AttentionPlan, Head, Layer
+from compress.plan_compile import MOST_CLUSTERS
 from compress.runtime.cache import GrowingLayer
 
 FULL = "full_attention"
@@ -18,24 +23,29 @@ FULL = "full_attention"
 class PlanCache(Cache):
     """A cache for ``model.generate(..., past_key_values=PlanCache(model.config, plan))``.
 
-    The model must attend through ``compress_plan`` (``model.set_attn_implementation``) if a layer is packed. Layers
-    that aren't in the plan, and those with a sliding window or a recurrence, are transformers' own.
+    The model must attend through ``compress_plan`` (``model.set_attn_implementation``) if a layer is packed or its
+    heads see different tokens. Layers that aren't in the plan, and those with a sliding window or a recurrence, are
+    transformers' own.
 
     Args:
         config: of the model.
         plan: made for this model.
+        length: tokens, prompt and answer together, that windows of elastic heads are made for; None lets them grow
+            with the text.
 
     Raises:
         InputError: a plan for another model, or one that asks for what this version doesn't run.
     """
 
-    def __init__(self, config: PreTrainedConfig, plan: AttentionPlan) -> None:
+    def __init__(self, config: PreTrainedConfig, plan: AttentionPlan, length: int | None = None) -> None:
         decoder = config.get_text_config(decoder=True)
         plan.check(decoder)
-        self.plan = plan
-        turned = plan.packing is not None and plan.packing.rotate
-        width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-        self._rotation = rotation(width, "hadamard", 0)[0].float() if turned else None
+        self.plan, self.length = plan, length
+        for index, layer in enumerate(plan.layers):
+            _check(plan, index, layer)
+        packed = any(head.kv for layer in plan.layers for head in layer.heads)
+        turned = packed and plan.packing is not None and plan.packing.rotate
+        self.rotation = Rotation(plan.fingerprint.head_dim) if turned else None
         kinds, arguments = get_layer_types_and_kwargs(decoder)
         layers = [self._layer(index, kind, own) for index, (kind, own) in enumerate(zip(kinds, arguments, strict=True))]
         super().__init__(layers=layers)
@@ -43,23 +53,58 @@ class PlanCache(Cache):
     def _layer(self, index: int, kind: str, arguments: dict[str, Any]) -> Any:
         if kind != FULL:
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
-        bits = self._bits(index)
-        if bits is None or self.plan.packing is None:
+        rules = _rules(self.plan.layers[index])
+        if list(rules) == [Head()]:
             return GrowingLayer()
-        return PackedLayer(LayerFormat(self.plan.packing, bits, index, self._rotation))
+        clusters = [
+            Cluster(None if len(rules) == 1 else heads, self._part(index, rule)) for rule, heads in rules.items()
+        ]
+        return PlanLayer(index, clusters)
 
-    def _bits(self, index: int) -> KVBits | None:
-        return self.plan.layers[index].heads[0].kv
+    def _part(self, index: int, rule: Head) -> Part:
+        if rule.kv is None:
+            return PlainPart(Reach(rule.sink, rule.window, rule.stride, self.length))
+        assert self.plan.packing is not None
+        return PackedPart(PackedFormat(self.plan.packing, rule.kv, index, self.rotation))
 
     def nbytes(self) -> KVBytes:
-        """Bytes of all layers; what isn't packed is payload."""
-        return sum((self._layer_bytes(layer) for layer in self.layers), KVBytes(0, 0, 0))
+        """Bytes of all layers and of what they share; what isn't packed is payload."""
+        turn = 0 if self.rotation is None else self.rotation.nbytes
+        return sum((self._layer_bytes(layer) for layer in self.layers), KVBytes(0, turn, turn))
 
     def _layer_bytes(self, layer: Any) -> KVBytes:
-        if isinstance(layer, PackedLayer):
+        if isinstance(layer, PlanLayer):
             return layer.nbytes()
         if not isinstance(layer.keys, Tensor) or layer.keys.numel() == 0:
             return KVBytes(0, 0, 0)
         held = layer.keys.nbytes + layer.values.nbytes
         rooms = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (layer.keys, layer.values)}
         return KVBytes(held, held, sum(rooms.values()))
+
+
+def _rules(layer: Layer) -> dict[Head, tuple[int, ...]]:
+    """KV heads by what they are told, those that see everything first."""
+    found: dict[Head, list[int]] = {}
+    for number, head in enumerate(layer.heads):
+        found.setdefault(head, []).append(number)
+    ordered = sorted(found.items(), key=lambda rule: (not rule[0].window.full, rule[1]))
+    return {head: tuple(heads) for head, heads in ordered}
+
+
+def _check(plan: AttentionPlan, index: int, layer: Layer) -> None:
+    """Raise for what this cache doesn't do."""
+    parts = {"topk": any(head.topk for head in layer.heads), "share": layer.share is not None}
+    parts["summary"] = any(head.summary != "none" for head in layer.heads)
+    parts["calibration"] = any(head.calibration for head in layer.heads)
+    for part, there in parts.items():
+        if there:
+            problem = f"layer {index}: {part!r}, written by {plan.writers.get(part, 'nobody')}, isn't run by this cache"
+            raise InputError(FILE, None, problem, fix="make the plan without it")
+    if any(head.kv and not (head.window.full and head.stride is None) for head in layer.heads):
+        problem = f"layer {index}: a KV head drops tokens and packs them too"
+        raise InputError(FILE, None, problem, allowed="packed heads see everything, heads with a window keep 16 bits")
+    if any(head.kv for head in layer.heads) and plan.packing is None:
+        raise InputError(FILE, None, f"layer {index}: KV bits are given, and not how tokens are packed")
+    if len(_rules(layer)) > MOST_CLUSTERS:
+        problem = f"layer {index} has {len(_rules(layer))} different rules"
+        raise InputError(FILE, None, problem, allowed=f"at most {MOST_CLUSTERS} a layer")

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from compress.evalsuite.efficiency import allocated
-from compress.kernels.hadamard import rotation
 from torch import Tensor
 
 from compress.kv.arena import Place
-from compress.kv.layer import Handle, LayerFormat, PackedLayer
+from compress.kv.layer import Cluster, Handle, PlanLayer
+from compress.kv.packed import PackedFormat, PackedPart
+from compress.kv.rotation import Rotation
 from compress.kv.saliency import probe_rows, prompt_mass, salient, witnesses
 from compress.plan import KVBits, Packing
 
@@ -30,10 +31,17 @@ PAPER: dict[str, Any] = PLUS | {
 KINDS = {"plus": PLUS, "paper": PAPER}
 
 
-def layer(kind: str = "plus", bits: KVBits | None = None, **changes: Any) -> PackedLayer:
+def layer(kind: str = "plus", bits: KVBits | None = None, **changes: Any) -> PlanLayer:
     packing = Packing(**(KINDS[kind] | changes))
-    turn = rotation(WIDTH, "hadamard", 0)[0].float() if packing.rotate else None
-    return PackedLayer(LayerFormat(packing, bits or KVBits(high=(4, 4), low=(2, 2), ratio=0.3), 1, turn))
+    turn = Rotation(WIDTH) if packing.rotate else None
+    format = PackedFormat(packing, bits or KVBits(high=(4, 4), low=(2, 2), ratio=0.3), 1, turn)
+    return PlanLayer(1, [Cluster(None, PackedPart(format))])
+
+
+def part(held: PlanLayer) -> PackedPart:
+    (cluster,) = held.clusters
+    assert isinstance(cluster.part, PackedPart)
+    return cluster.part
 
 
 class Stream:
@@ -50,7 +58,7 @@ class Stream:
         return random(HEADS), random(KV_HEADS) + 0.5, random(KV_HEADS)
 
 
-def feed(held: PackedLayer, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+def feed(held: PlanLayer, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
     query, key, value = states
     handle, other = held.update(key, value)
     assert isinstance(handle, Handle)
@@ -58,12 +66,19 @@ def feed(held: PackedLayer, states: tuple[Tensor, Tensor, Tensor], mask: Tensor 
     return held.attend(query, mask, SCALE)
 
 
-def held_tokens(held: PackedLayer, row: int, head: int) -> tuple[Tensor, Tensor]:
+def held_tokens(held: PlanLayer, row: int, head: int) -> tuple[Tensor, Tensor]:
     """Keys and values in the order of the tokens, in the layer's rotated space."""
-    keys, values = held.store.unpacked(row, head)
-    window = held.window.tokens()
-    start = int(held.window.first[row])
+    keys, values = part(held).store.unpacked(row, head)
+    window = part(held).window.tokens()
+    start = int(part(held).window.first[row])
     return torch.cat([keys, window.keys[row, head, start:]]), torch.cat([values, window.values[row, head, start:]])
+
+
+def with_itself(held: PlanLayer, states: tuple[Tensor, Tensor, Tensor], row: int, head: int) -> tuple[Tensor, Tensor]:
+    """As `held_tokens`, with the newest token as it came."""
+    keys, values = held_tokens(held, row, head)
+    own = turned(held, states[1][row, head]), states[2][row, head]
+    return torch.cat([keys[:-1], own[0]]), torch.cat([values[:-1], own[1]])
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, seen: int) -> Tensor:
@@ -72,8 +87,9 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, seen: int) -> Tensor:
     return (scores.softmax(0) @ values[:seen].double()).float()
 
 
-def turned(held: PackedLayer, query: Tensor) -> Tensor:
-    return query if held.format.rotation is None else query @ held.format.rotation
+def turned(held: PlanLayer, query: Tensor) -> Tensor:
+    rotation = part(held).format.rotation
+    return query if rotation is None else rotation(query)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,13 +99,13 @@ def test_decoding_attends_to_what_is_held(kind: str, ratio: float) -> None:
     feed(held, stream(70))
     for _ in range(50):
         states = stream(1)
-        before = held.store.packed().sum()
+        before = part(held).store.packed().sum()
         out = feed(held, states)
-        if held.store.packed().sum() != before:
+        if part(held).store.packed().sum() != before:
             continue  # this token's window was packed after it had attended
         for row in range(2):
             for head in range(HEADS):
-                keys, values = held_tokens(held, row, head // 3)
+                keys, values = with_itself(held, states, row, head // 3)
                 expected = attention(turned(held, states[0][row, head, 0]), keys, values, len(keys))
                 torch.testing.assert_close(out[row, head, 0], expected, atol=2e-5, rtol=1e-4)
     assert len(held_tokens(held, 0, 0)[0]) == held.get_seq_length() == 120
@@ -181,19 +197,19 @@ def test_codes_are_never_written_again(kind: str) -> None:
 
     def checksum(counts: dict[str, Tensor]) -> str:
         digest = hashlib.sha256()
-        for name, arena in held.store.arenas.items():
+        for name, arena in part(held).store.arenas.items():
             for head in range(KV_HEADS):
                 for room in (arena.keys, arena.values, arena.key_params, arena.value_params):
                     if room is not None:
                         digest.update(room[0, head, : int(counts[name][0, head])].numpy().tobytes())
         return digest.hexdigest()
 
-    counts = {name: arena.counts.clone() for name, arena in held.store.arenas.items()}
+    counts = {name: arena.counts.clone() for name, arena in part(held).store.arenas.items()}
     before = checksum(counts)
     for _ in range(1000):
         feed(held, stream(1))
     assert checksum(counts) == before
-    assert int(held.store.packed()[0, 0]) > 1000
+    assert int(part(held).store.packed()[0, 0]) > 1000
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,8 +227,8 @@ def test_crop_forgets_the_last_tokens_and_nothing_else(kind: str, count: int) ->
         assert torch.equal(values[: 102 - count], kept_values)
     states = stream(1)
     out = feed(held, states)
-    if len(held.window):
-        keys, values = held_tokens(held, 1, 1)
+    if len(part(held).window):
+        keys, values = with_itself(held, states, 1, 1)
         expected = attention(turned(held, states[0][1, 5, 0]), keys, values, len(keys))
         torch.testing.assert_close(out[1, 5, 0], expected, atol=2e-5, rtol=1e-4)
     for _ in range(60):
@@ -271,7 +287,7 @@ def test_bytes_are_those_of_the_tensors(kind: str) -> None:
     for n in (800, 1, 60, 1):
         feed(held, stream(n))
         size = held.nbytes()
-        assert size.allocated == allocated(held, held.format.rotation).nbytes
+        assert size.allocated == allocated(held, part(held).format.rotation).nbytes
         assert 0 < size.payload < size.stored <= size.allocated
     assert size.allocated < 1.25 * size.stored
 
@@ -283,7 +299,7 @@ def test_short_prompts(tokens: int) -> None:
     assert out.isfinite().all()
     states = stream(1)
     out = feed(held, states)
-    keys, values = held_tokens(held, 0, 0)
+    keys, values = with_itself(held, states, 0, 0)
     torch.testing.assert_close(
         out[0, 0, 0], attention(turned(held, states[0][0, 0, 0]), keys, values, tokens + 1), atol=2e-5, rtol=1e-4
     )
@@ -373,10 +389,10 @@ def test_salient_tokens_have_the_higher_bits() -> None:
     key[:, :, 40] = 8 * query[:, ::3].mean(2)
     query = query * 0.2 + query.mean(2, keepdim=True)
     feed(held, (query, key, value))
-    assert held.store.labels is not None
+    assert part(held).store.labels is not None
     place = Place(slice(0, 1), slice(0, 2))
-    assert held.store.labels.read(place, 84)[0, :, 40].all()
-    assert torch.equal(held.store.labels.read(place, 84).sum(2).int(), held.store.arenas["high"].counts)
+    assert part(held).store.labels.read(place, 84)[0, :, 40].all()
+    assert torch.equal(part(held).store.labels.read(place, 84).sum(2).int(), part(held).store.arenas["high"].counts)
 
 
 def test_drifting_tokens_begin_another_epoch() -> None:
@@ -386,15 +402,9 @@ def test_drifting_tokens_begin_another_epoch() -> None:
     for _ in range(70):
         query, key, value = stream(1)
         feed(held, (query, key + moved, value))
-    assert len(held.store.arenas["low"].epochs) > 1
+    assert len(part(held).store.arenas["low"].epochs) > 1
     steady = layer()
     feed(steady, stream(100))
     for _ in range(70):
         feed(steady, stream(1))
-    assert len(steady.store.arenas["low"].epochs) == 1
-
-
-def test_format_says_when_saliency_decides() -> None:
-    held = layer()
-    assert held.format.scored
-    assert not dataclasses.replace(held.format, bits=KVBits(high=(4, 4), low=(2, 2), ratio=1.0)).scored
+    assert len(part(steady).store.arenas["low"].epochs) == 1

@@ -10,7 +10,8 @@ import torch
 from compress.calibrate.errors import InputError
 from transformers import LlamaConfig, Qwen2Config
 
-from compress.kv.layer import LayerFormat, PackedLayer
+from compress.kv.layer import Cluster, PlanLayer
+from compress.kv.packed import PackedFormat, PackedPart
 from compress.plan import (
     FILE,
     AttentionPlan,
@@ -228,7 +229,7 @@ def test_more_rules_than_the_runtime_keeps_apart_are_refused() -> None:
 def test_predicted_bytes_are_those_of_the_cache(scheme: str, length: int) -> None:
     packing = Packing.faithful() if scheme == "paper" else Packing(rotate=False)
     bits = KVBits(ratio=1.0 if scheme == "all high" else 0.3)
-    layer = PackedLayer(LayerFormat(packing, bits, 0, None))
+    layer = PlanLayer(0, [Cluster(None, PackedPart(PackedFormat(packing, bits, 0, None)))])
     states = torch.randn(1, 3, length, 64, generator=torch.Generator().manual_seed(0))
     layer.update(states, states)
     layer.attend(states.repeat_interleave(2, 1), None, 0.125)

@@ -1,0 +1,284 @@
+"""KV heads whose tokens are kept as they come: all of them, or the first ones and a window (arXiv 2309.17453).
+
+A head with a window keeps ``sink`` first tokens in slots of their own and the newest ``span(N)`` tokens in a ring
+behind them, where a new token takes the oldest one's slot. Keys carry their absolute positions. An elastic head's ring
+grows with the text, ``span(N) = a + b N``, and no token is needed back: what a longer text doesn't see any more was
+let go, and where the span grows the ring waits until it is full again. A strided head (arXiv 2407.17678) keeps blocks
+at a fixed distance of what leaves the ring.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from compress.evalsuite.efficiency import allocated
+from compress.kernels.flash_prefill import flash_prefill
+from compress.kernels.segment_attention import Segment
+from compress.kv.arena import Change
+from compress.kv.bytes import KVBytes
+from compress.kv.masked import masked_attention
+from compress.kv.part import Call
+from compress.kv.reader import Reader
+from compress.kv.room import Room
+from compress.kv.window import Tokens
+from compress.plan import BLOCK, Stride, Window
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What some heads see.
+
+    Attributes:
+        sink: first tokens.
+        window: how far back.
+        stride: further blocks.
+        length: tokens that the window is made for, prompt and answer together; None lets it grow with the text.
+    """
+
+    sink: int
+    window: Window
+    stride: Stride | None = None
+    length: int | None = None
+
+    def span(self, length: int) -> int | None:
+        """Newest tokens that are seen at a length; None for all."""
+        return None if self.window.full else max(1, self.window.span(self.length or length))
+
+    def strided(self, places: Tensor) -> Tensor:
+        """Whether tokens at these places are in a block that is kept."""
+        if self.stride is None:
+            return torch.zeros_like(places, dtype=torch.bool)
+        return (places // BLOCK - self.stride.phase) % self.stride.every == 0
+
+
+class PlainPart:
+    """See the module's text, and :class:`compress.kv.part.Part`.
+
+    Args:
+        reach: what its heads see.
+    """
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self.reader = Reader()
+        self.ring = reach.span(0)
+        self.counts = self.base = torch.zeros(0, dtype=torch.int64)
+
+    def fresh(self) -> "PlainPart":
+        """See :class:`compress.kv.part.Part`."""
+        return PlainPart(self.reach)
+
+    def begin(self, key: Tensor) -> None:
+        """See :class:`compress.kv.part.Part`."""
+        self.near, self.far = Room(key), Room(key)
+        self.counts = torch.zeros(len(key), dtype=torch.int64)  # tokens that came
+        self.base = torch.full_like(self.counts, self.reach.sink)  # token in the ring's first slot, at its first turn
+        self.far_counts = torch.zeros_like(self.counts)
+        self.far_places = torch.zeros(len(key), 0, dtype=torch.int64)
+
+    @property
+    def croppable(self) -> bool:
+        """Whether nothing was dropped yet."""
+        return self.ring is None or not bool(self._turned().any())
+
+    def step(self, query: Tensor, new: Tokens, scaling: float) -> Tensor:
+        """See :class:`compress.kv.part.Part`."""
+        self._append(new)
+        out, _ = self.reader.read(query, self._segments, scaling)
+        return out.to(new.values.dtype)
+
+    def chunk(self, query: Tensor, new: Tokens, call: Call) -> Tensor:
+        """See :class:`compress.kv.part.Part`; each row sees exactly its sink and window."""
+        held, places = self._joined(new, call)
+        begin = (places < 0).sum(1)
+        span = self.reach.span(int(places.max()) + 1)
+        if self.reach.stride is not None and span is not None:
+            rows = places[:, -query.shape[2] :]
+            seen = partial(self._seen, places=places, span=span)
+            out = masked_attention(query, held, rows, seen, call.scaling)
+        else:
+            bounds = torch.stack([begin, torch.full_like(begin, len(held))], 1) if bool(begin.any()) else None
+            reach = None if span is None or span >= len(held) else torch.tensor([[self.reach.sink, span]])
+            if reach is not None:
+                reach = reach.expand(held.keys.shape[1], 2).contiguous()
+            own = (x if x is None else x.to(query.device) for x in (bounds, reach))
+            out, _ = flash_prefill(query, held.keys, held.values, call.scaling, *own)
+        self._hold(held, places)
+        return out
+
+    def keep(self, new: Tokens, call: Call) -> None:
+        """See :class:`compress.kv.part.Part`."""
+        self._hold(*self._joined(new, call))
+
+    def crop(self, removed: Tensor) -> None:
+        """See :class:`compress.kv.part.Part`."""
+        self.counts = self.counts - removed
+        self.near.end_at(self.counts)
+
+    def change(self, change: Change) -> None:
+        """See :class:`compress.kv.part.Part`."""
+        for room in (self.near, self.far):
+            room.change(change)
+        for name in ("counts", "base", "far_counts", "far_places"):
+            setattr(self, name, change(getattr(self, name)))
+        self.reader.forget()
+
+    def nbytes(self) -> KVBytes:
+        """See :class:`compress.kv.part.Part`."""
+        payload = self.near.payload() + self.far.payload()
+        own = (self.near, self.far, self.counts, self.base, self.far_counts, self.far_places)
+        return KVBytes(payload, payload, allocated(own).nbytes)
+
+    def _segments(self) -> list[Segment]:
+        return [self.near.segment()] + ([self.far.segment()] if self.far.keys.shape[2] else [])
+
+    def _turned(self) -> Tensor:
+        """Which sequences have dropped tokens, [batch]."""
+        assert self.ring is not None
+        return (self.counts - self.base > self.ring) | (self.base > self.reach.sink)
+
+    def _append(self, new: Tokens) -> None:
+        """One token of every sequence."""
+        span = self.reach.span(int(self.counts.max()) + 1)
+        if span is not None and span != self.ring:
+            self._widen(span)
+        sink, place = self.reach.sink, self.counts
+        slots = place
+        if self.ring is not None:
+            if self.reach.stride is not None:
+                self._move_on()
+            slots = torch.where(place < sink, place, sink + (place - self.base).clamp(min=0) % max(self.ring, 1))
+        most = None if self.ring is None else sink + self.ring
+        if self.near.reserve(int(slots.max()) + 1, most):
+            self.reader.forget()
+        self.near.write(slots, new.keys, new.values)
+        self.counts = place + 1
+        self.near.end_at(self._ends())
+
+    def _ends(self) -> Tensor:
+        """Filled slots of every sequence."""
+        if self.ring is None:
+            return self.counts
+        ring = (self.counts - self.base).clamp(min=0, max=self.ring)
+        return torch.where(self.counts < self.base, self.counts, self.reach.sink + ring)
+
+    def _widen(self, span: int) -> None:
+        """A longer ring, whose first slot has the oldest token."""
+        if bool(self._turned().any()):
+            places = self._near_places()
+            self._refill(*self._sorted(Tokens(self.near.keys, self.near.values), places), self._oldest())
+        self.ring = span
+
+    def _move_on(self) -> None:
+        """Put what the next token will take the slot of into the far room, where its block is kept."""
+        assert self.ring is not None
+        leaves = self.counts - self.ring
+        kept = (self.counts - self.base >= self.ring) & self.reach.strided(leaves)
+        if not bool(kept.any()):
+            return
+        slots = self.reach.sink + (leaves - self.base) % self.ring
+        rows = torch.arange(len(slots), device=self.near.keys.device)
+        places = slots.clamp(min=0).to(rows.device)
+        keys, values = (x[rows, :, places][:, :, None] for x in (self.near.keys, self.near.values))
+        end = int(self.far_counts.max()) + 1
+        if self.far.reserve(end):
+            self.reader.forget()
+            self.far_places = torch.nn.functional.pad(
+                self.far_places, (0, self.far.keys.shape[2] - self.far_places.shape[1])
+            )
+        self.far.write(self.far_counts, keys, values)  # where nothing is kept, a slot that isn't filled is written
+        self.far_places[torch.arange(len(slots)), self.far_counts] = leaves
+        self.far_counts = self.far_counts + kept
+        self.far.end_at(self.far_counts)
+
+    def _near_places(self) -> Tensor:
+        """Which token is in every slot of the near room, [batch, slots]; -1 for none."""
+        slots, sink = torch.arange(self.near.keys.shape[2]).expand(len(self.counts), -1), self.reach.sink
+        counts, base = self.counts[:, None], self.base[:, None]
+        if self.ring is None:
+            return torch.where(slots < counts, slots, -1)
+        ring, turn = slots - sink, max(self.ring, 1)
+        place = base + ring + (counts - 1 - base - ring).div(turn, rounding_mode="floor") * turn
+        place = torch.where((place >= base) & (ring >= 0) & (ring < self.ring), place, -1)
+        return torch.where(slots < sink, torch.where(slots < counts, slots, -1), place)
+
+    def _joined(self, new: Tokens, call: Call) -> tuple[Tokens, Tensor]:
+        """All that is held and new tokens, in the order of their places, and these, [batch, tokens]; -1 for none."""
+        arrived = torch.arange(len(new)) - call.first[:, None]
+        arrived = torch.where(arrived < 0, -1, arrived + self.counts[:, None])
+        if call.alone:
+            return new, arrived
+        held = Tokens.joined(Tokens(self.near.keys, self.near.values), new)
+        places = torch.cat([self._near_places(), arrived], 1)
+        if self.far_places.shape[1]:
+            held = Tokens.joined(Tokens(self.far.keys, self.far.values), held)
+            there = torch.arange(self.far_places.shape[1]) < self.far_counts[:, None]
+            places = torch.cat([torch.where(there, self.far_places, -1), places], 1)
+        return self._sorted(held, places, len(new))
+
+    @staticmethod
+    def _sorted(held: Tokens, places: Tensor, least: int = 1) -> tuple[Tokens, Tensor]:
+        """In the order of their places, none of them first, and as few as the longest sequence or ``least`` asks."""
+        count = max(least, int((places >= 0).sum(1).max()))
+        order = places.argsort(dim=1, stable=True)[:, -count:]
+        return Tokens(*_both(held, order)), places.gather(1, order)
+
+    def _oldest(self) -> Tensor:
+        """The first token of every sequence's ring, or what it will be."""
+        assert self.ring is not None
+        return (self.counts - (self.counts - self.base).clamp(min=0, max=self.ring)).clamp(min=self.reach.sink)
+
+    def _hold(self, held: Tokens, places: Tensor) -> None:
+        """Keep of these tokens what later ones will see."""
+        counts = torch.maximum(self.counts, places.max(1).values + 1)
+        span = self.reach.span(int(counts.max()))
+        oldest = None if span is None else torch.maximum(self._oldest(), counts - span)
+        self.counts, self.ring = counts, span
+        self._refill(held, places, oldest)
+        if self.reach.stride is not None and oldest is not None:
+            self._refill_far(held, places)
+
+    def _refill(self, held: Tokens, places: Tensor, oldest: Tensor | None) -> None:
+        """The near room from tokens in the order of their places: sinks and what follows ``oldest``; None: all."""
+        total, absent = places.shape[1], (places < 0).sum(1)
+        if oldest is None:
+            ends = self.counts
+            order = torch.arange(int(ends.max())) + absent[:, None]
+        else:
+            self.base = oldest
+            sinks = self.counts.clamp(max=self.reach.sink)[:, None]
+            ends = sinks[:, 0] + (self.counts - oldest).clamp(min=0)
+            slots = torch.arange(int(ends.max()))
+            order = torch.where(slots < sinks, slots + absent[:, None], total - ends[:, None] + slots)
+        self.near.fill(*_both(held, order.clamp(max=total - 1)), ends)
+        self.reader.forget()
+
+    def _refill_far(self, held: Tokens, places: Tensor) -> None:
+        kept = (places >= self.reach.sink) & (places < self.base[:, None]) & self.reach.strided(places)
+        self.far_counts = kept.sum(1)
+        most = int(self.far_counts.max())
+        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+        self.far.fill(*_both(held, order), self.far_counts)
+        self.far_places = places.gather(1, order)
+
+    def _seen(self, rows: Tensor, places: Tensor, span: int) -> Tensor:
+        """What rows at some places see of tokens at others, [batch, rows, tokens] bool."""
+        row, there = rows[..., None], places[:, None]
+        near = (there < self.reach.sink) | (there > row - span)
+        return (near | self.reach.strided(there)) & (there >= 0) & (there <= row)
+
+
+def _both(held: Tokens, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in an order, [batch, tokens] on the CPU; views where it is one stretch for all."""
+    first = order[0]
+    if bool((order == first).all()):
+        begin, count = int(first[0]) if len(first) else 0, len(first)
+        if bool((first == torch.arange(begin, begin + count)).all()):
+            return held.keys[:, :, begin : begin + count], held.values[:, :, begin : begin + count]
+        chosen = first.to(held.keys.device)
+        return held.keys[:, :, chosen], held.values[:, :, chosen]
+    wide = order.to(held.keys.device)[:, None, :, None]
+    wide = wide.expand(-1, held.keys.shape[1], -1, held.keys.shape[3])
+    return held.keys.gather(2, wide), held.values.gather(2, wide)

@@ -1,0 +1,77 @@
+"""Room for keys and values of some heads in the model's own type, filled by slots."""
+
+import torch
+from torch import Tensor
+
+from compress.kernels.segment_attention import Segment
+from compress.kv.arena import Change
+
+STEP = 64  # slots that room grows by
+
+
+class Room:
+    """Slots shaped like ``key`` [batch, KV heads, tokens, head_dim].
+
+    Attributes:
+        keys: [batch, KV heads, slots, head_dim].
+        values: alike.
+        bounds: [batch, KV heads, 2] int32, first filled slot, always 0, and one past the last.
+    """
+
+    def __init__(self, key: Tensor) -> None:
+        batch, heads, _, width = key.shape
+        self.keys, self.values = (key.new_zeros(batch, heads, 0, width) for _ in range(2))
+        self.bounds = torch.zeros(batch, heads, 2, dtype=torch.int32, device=key.device)
+
+    def reserve(self, slots: int, most: int | None = None) -> bool:
+        """Make room for so many slots, and for some more up to ``most``; returns whether tensors were exchanged."""
+        held = self.keys.shape[2]
+        if slots <= held:
+            return False
+        wanted = -(-slots // STEP) * STEP
+        wanted = wanted if most is None else max(slots, min(wanted, most))
+        for name in ("keys", "values"):
+            former: Tensor = getattr(self, name)
+            room = former.new_zeros(*former.shape[:2], wanted, former.shape[3])
+            room[:, :, :held] = former
+            setattr(self, name, room)
+        return True
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put one token of every sequence, [batch, KV heads, 1, head_dim], into its slot, [batch] on the CPU."""
+        found = slots.tolist()
+        if found.count(found[0]) == len(found):
+            self.keys[:, :, found[0]] = keys[:, :, 0]
+            self.values[:, :, found[0]] = values[:, :, 0]
+            return
+        rows, places = torch.arange(len(found), device=keys.device), slots.to(keys.device)
+        self.keys[rows, :, places] = keys[:, :, 0]
+        self.values[rows, :, places] = values[:, :, 0]
+
+    def fill(self, keys: Tensor, values: Tensor, ends: Tensor) -> None:
+        """Hold these tokens and no others, ``ends`` [batch] of each sequence."""
+        self.keys, self.values = (states.clone(memory_format=torch.contiguous_format) for states in (keys, values))
+        self.end_at(ends)
+
+    def end_at(self, ends: Tensor) -> None:
+        """Filled slots of every sequence, [batch] on the CPU."""
+        found = ends.tolist()
+        if found.count(found[0]) == len(found):
+            self.bounds[..., 1] = found[0]
+        else:
+            self.bounds[..., 1] = ends.to(self.bounds)[:, None]
+
+    def segment(self) -> Segment:
+        """For :func:`compress.kernels.segment_attention.segment_attention`."""
+        slots = self.keys.shape[2]
+        return Segment(self.keys, self.values, 16, 16, None, None, None, None, self.bounds, slots)
+
+    def change(self, change: Change) -> None:
+        """Apply a function of the batch's dimension to every tensor."""
+        for name in ("keys", "values", "bounds"):
+            setattr(self, name, change(getattr(self, name)))
+
+    def payload(self) -> int:
+        """Bytes of the filled slots."""
+        tokens = int(self.bounds[..., 1].sum())
+        return 2 * tokens * self.keys.shape[3] * self.keys.element_size()
