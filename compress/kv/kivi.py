@@ -7,6 +7,7 @@ of them for transformers' own attention, which is as exact as a kernel of its ow
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from compress.evalsuite.efficiency import allocated
 from compress.kernels.kv_pack import kv_pack, kv_unpack
 from compress.kv import channels
+from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
+from compress.kv.window import stored_dtype
 
 GROUP = 32
 
@@ -60,6 +63,11 @@ class Packed:
             return
         self.codes, self.params = torch.cat([self.codes, codes], 2), torch.cat([self.params, params], 2)
 
+    def change(self, change: Change) -> None:
+        """Apply a function of the batch's dimension."""
+        if self.codes is not None and self.params is not None:
+            self.codes, self.params = change(self.codes), change(self.params)
+
 
 class KiviLayer(CacheLayerMixin):
     """One layer of full attention.
@@ -87,8 +95,7 @@ class KiviLayer(CacheLayerMixin):
         if key_states.shape[-1] % 8 or value_states.shape[-1] % 8:
             raise ValueError(f"head_dim {key_states.shape[-1]} can't be packed: it isn't a multiple of 8")
         self.dtype, self.device = key_states.dtype, key_states.device
-        half = torch.float16 if self.dtype == torch.float32 else self.dtype
-        self.keys, self.values = (x[:, :, :0].to(half) for x in (key_states, value_states))
+        self.keys, self.values = (x[:, :, :0].to(stored_dtype(self.dtype)) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -113,6 +120,28 @@ class KiviLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No limit."""
         return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences in another order, as beam search does."""
+        self._change(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._change(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: "Tensor | Sequence[int]") -> None:
+        """Keep some of the sequences."""
+        self._change(lambda held: held[torch.as_tensor(indices, device=held.device)])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(self.format)  # type: ignore[misc]
+
+    def _change(self, change: Change) -> None:
+        if self.is_initialized:
+            self.packed_keys.change(change)
+            self.packed_values.change(change)
+            self.keys, self.values = change(self.keys), change(self.values)
 
     def nbytes(self) -> KVBytes:
         """Bytes of codes and 16-bit tokens, the same with parameters, and of all tensors."""

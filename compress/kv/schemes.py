@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
@@ -11,7 +11,8 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from compress.calibrate.errors import InputError, did_you_mean
 from compress.kv.kivi import GROUP, KiviCache, KiviFormat
-from compress.plan import AttentionPlan, KVBits, Packing, Source, sliding_layers
+from compress.kv.settings import bits_of, packing_of
+from compress.plan import AttentionPlan, Source, sliding_layers
 from compress.plan_writer import PlanWriter
 from compress.recipe import Recipe
 from compress.runtime.plan_cache import PlanCache
@@ -54,14 +55,9 @@ def plan_of(config: PreTrainedConfig, settings: KV, seed: int = 0) -> AttentionP
     decoder = config.get_text_config(decoder=True)
     sliding = sliding_layers(decoder)
     packed = [index for index in range(decoder.num_hidden_layers) if index not in sliding]
-    bits = dict.fromkeys(packed, KVBits(high=settings.high_bits, low=settings.low_bits, ratio=settings.ratio))
-    if settings.boundary_bits is not None and packed:
-        edge = KVBits(high=settings.boundary_bits, low=settings.boundary_bits, ratio=1.0)
-        bits |= {packed[0]: edge, packed[-1]: edge}
-    own = {field.name: getattr(settings, field.name) for field in fields(Packing) if field.name != "seed"}
     writer = PlanWriter(AttentionPlan.empty(config), Source(settings.method), _LONG)
-    writer.packing(Packing(**own, seed=seed))
-    for layer, held in bits.items():
+    writer.packing(packing_of(settings, seed))
+    for layer, held in bits_of(settings, packed).items():
         writer.kv(layer, held)
     return writer.finish()
 

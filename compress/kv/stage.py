@@ -6,23 +6,24 @@ calibration windows decide on the bits of each layer (``budget.py``).
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from compress.artifact.kept import kept_bytes
 from compress.artifact.packed_checkpoint import stored_view
 from compress.calibrate.errors import InputError
 from compress.calibrate.stream import ActivationFile
 from compress.events import LayerDone, LayerStarted, Message, StageDone, StageStarted
 from compress.job import Estimate, Job
 from compress.kv.budget import CANDIDATES, WINDOWS, Choice, Profile, choose, prompt_tokens
+from compress.kv.settings import bits_of, packing_of
 from compress.model import ModelFacts
-from compress.plan import AttentionPlan, KVBits, Packing, Source
+from compress.plan import AttentionPlan, KVBits, Source
 from compress.plan_compile import predict_bytes
 from compress.plan_writer import PlanWriter
 from compress.recipe import Recipe
 from compress.schema import KV
-from compress.weights.choices import storage_dtype
 
 LENGTHS = (2048, 4096, 8192)  # of which sizes are told
 
@@ -52,7 +53,7 @@ class KVStage:
     def estimate(self, facts: ModelFacts, recipe: Recipe) -> Estimate:
         """See :class:`compress.job.Stage`."""
         settings = _present(recipe)
-        plan = _plan(facts, recipe, _given(facts, settings))
+        plan = _plan(facts, recipe, bits_of(settings, packed_layers(facts)))
         chosen = settings.budget is not None
         calibration = recipe.calibration
         windows = min(WINDOWS, calibration.samples) if chosen and calibration is not None else 0
@@ -64,7 +65,7 @@ class KVStage:
             flops=2.0 * tokens * layer * facts.num_layers,
             scratch_bytes=scratch,
             memory_bytes=scratch + 12 * layer,
-            artifact_bytes=_weight_bytes(facts, recipe),
+            artifact_bytes=kept_bytes(facts, recipe),
             facts={"bytes": {} if chosen else {str(n): _sizes(facts, plan, n) for n in LENGTHS}},
         )
 
@@ -75,7 +76,11 @@ class KVStage:
         started = time.perf_counter()
         job.emit(StageStarted("kv", facts.num_layers))
         choice = None if settings.budget is None else _chosen(job, settings)
-        bits = _given(facts, settings) if choice is None else dict(zip(packed_layers(facts), choice.bits, strict=True))
+        bits = (
+            bits_of(settings, packed_layers(facts))
+            if choice is None
+            else dict(zip(packed_layers(facts), choice.bits, strict=True))
+        )
         digest = None if choice is None or job.calibration is None else job.calibration.digest
         job.plan = _plan(facts, job.recipe, bits, job.plan, digest)
         job.report["kv"] = report = _report(facts, settings, job.plan, bits, choice)
@@ -86,12 +91,6 @@ class KVStage:
 def packed_layers(facts: ModelFacts) -> list[int]:
     """The layers that attend to everything; those with a sliding window stay in 16 bits."""
     return [layer for layer in range(facts.num_layers) if facts.window(layer) is None]
-
-
-def packing(settings: KV, seed: int) -> Packing:
-    """What holds for the whole cache."""
-    own = {field.name: getattr(settings, field.name) for field in fields(Packing) if field.name != "seed"}
-    return Packing(**own, seed=seed)
 
 
 def _check_budget(facts: ModelFacts, recipe: Recipe, settings: KV) -> None:
@@ -119,16 +118,6 @@ def _check_budget(facts: ModelFacts, recipe: Recipe, settings: KV) -> None:
         )
 
 
-def _given(facts: ModelFacts, settings: KV) -> dict[int, KVBits]:
-    """The bits of every packed layer as the recipe says."""
-    layers = packed_layers(facts)
-    bits = dict.fromkeys(layers, KVBits(high=settings.high_bits, low=settings.low_bits, ratio=settings.ratio))
-    if settings.boundary_bits is not None:
-        edge = KVBits(high=settings.boundary_bits, low=settings.boundary_bits, ratio=1.0)
-        bits |= {layers[0]: edge, layers[-1]: edge}
-    return bits
-
-
 def _chosen(job: Job, settings: KV) -> Choice:
     """The bits of every packed layer by their errors on the calibration text; what is known already is kept."""
     state = job.folder.stage("kv")
@@ -154,7 +143,7 @@ def _errors(job: Job, settings: KV) -> list[list[float]]:
     for window, tokens in enumerate(ids):
         hidden[window] = embed[tokens]
     del embed
-    profile = Profile(view, packing(settings, job.report["seed"]), job.device, hidden)
+    profile = Profile(view, packing_of(settings, job.report["seed"]), job.device, hidden)
     packed, errors = packed_layers(view.facts), []
     for index in range(view.num_layers):
         job.emit(LayerStarted(index, view.num_layers))
@@ -180,7 +169,7 @@ def _plan(
     )
     longest = getattr(facts.config, "max_position_embeddings", None) or max(LENGTHS)
     writer = PlanWriter(start or AttentionPlan.empty(facts.config), source, longest)
-    writer.packing(packing(settings, seed))
+    writer.packing(packing_of(settings, seed))
     for layer, found in bits.items():
         writer.kv(layer, found)
     return writer.finish()
@@ -221,13 +210,6 @@ def _apart(facts: ModelFacts, length: int) -> int:
     each = 4 * facts.config.num_key_value_heads * facts.head_dim
     windows = [window for layer in range(facts.num_layers) if (window := facts.window(layer)) is not None]
     return sum(each * min(window, length) for window in windows)
-
-
-def _weight_bytes(facts: ModelFacts, recipe: Recipe) -> int:
-    """Of the weights that stay as they are; 0 where another stage makes them."""
-    if recipe.weights is not None:
-        return 0
-    return facts.checkpoint_bytes if facts.packed else facts.num_params * storage_dtype(facts, recipe).itemsize
 
 
 def _lines(facts: ModelFacts, settings: KV, plan: AttentionPlan) -> list[str]:

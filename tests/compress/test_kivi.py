@@ -127,3 +127,17 @@ def test_a_model_answers_with_it_and_sliding_layers_stay():
     sliding = build_model("qwen2")
     kinds = [type(layer).__name__ for layer in KiviCache(sliding.config, KiviFormat(4)).layers]
     assert kinds == ["KiviLayer", "DynamicSlidingWindowLayer", "DynamicSlidingWindowLayer"]
+
+
+def test_beams_take_codes_with_them():
+    layer = KiviLayer(KiviFormat(2, 32))
+    keys, values = (torch.cat(parts) for parts in zip(states(100), states(100, seed=1), strict=True))
+    layer.update(keys, values)
+    before = layer.update(*(x[:, :, :1] for x in (keys, values)))[0]
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices([0, 3])
+    after = layer.update(*(x[[1, 0], :, :1] for x in (keys, values)))[0]
+    assert torch.equal(after[:, :, :100], before[[1, 0], :, :100])
+    layer.reset()
+    assert layer.get_seq_length() == layer.nbytes().allocated == 0

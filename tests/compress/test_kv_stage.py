@@ -13,7 +13,7 @@ from runs import InterruptedRunError, Log, quick
 
 from compress.events import LayerDone
 from compress.kv.budget import CANDIDATES, Profile, choose, prompt_tokens
-from compress.kv.stage import packing
+from compress.kv.settings import packing_of
 from compress.model import ModelView, open_model, run_layer
 from compress.options import RunOptions
 from compress.pipeline import plan, run
@@ -100,7 +100,7 @@ def test_more_salient_tokens_give_less_error(view: ModelView, tmp_path: Path) ->
         hidden[window] = before[window]
     settings = Recipe.load("zipcache-plus", SMALL).kv
     assert settings is not None
-    found = Profile(view, packing(settings, 0), torch.device("cpu"), hidden).layer(0, CANDIDATES)
+    found = Profile(view, packing_of(settings, 0), torch.device("cpu"), hidden).layer(0, CANDIDATES)
     by_ratio = found[:5]
     assert by_ratio[0] > by_ratio[2] > by_ratio[4] > 0
     assert by_ratio[0] > found[5]  # 4-bit keys help
@@ -186,5 +186,5 @@ def test_a_budget_that_cannot_be_met_is_refused(tiny: Tiny, sets: tuple[str, ...
 
 def test_packing_has_the_settings_of_the_section() -> None:
     settings = KV(sinks=7, window_bits=16)
-    found = packing(settings, seed=3)
+    found = packing_of(settings, seed=3)
     assert (found.sinks, found.window_bits, found.seed, found.key_scheme) == (7, 16, 3, "token")
