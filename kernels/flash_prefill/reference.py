@@ -49,6 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, seen: Tensor)
     scores = grouped @ k.to(dtype)[:, :, None].transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
     scores = scores.masked_fill(~seen[:, :, None], -math.inf)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)  # a row that sees nothing: -inf - -inf
+    base = lse.masked_fill(lse == -math.inf, 0.0)  # a row that sees nothing
+    weights = (scores - base[..., None]).exp()
     out = weights @ v.to(dtype)[:, :, None]
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, heads, count)

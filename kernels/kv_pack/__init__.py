@@ -29,7 +29,8 @@ def kv_pack(
     low bits up, channels j and j + D/2 at 4 bits; j, j + D/4, j + D/2 and j + 3D/4 at 2 bits.
 
     Args:
-        x: ``[B, H, T, D]`` float16, bfloat16 or float32 (float64 on a CPU), finite; any of B, H and T may be 0.
+        x: ``[B, H, T, D]`` float16, bfloat16 or float32 (float64 on a CPU), any of B, H and T may be 0.
+            Where a token isn't finite, neither are its parameters, and its codes mean nothing.
         bits: 2, 4 or 8.
         channels: float16 or float32 ``[B, H, 2, D]``, c > 0 and mu; None for c = 1, mu = 0, the only choice for 8 bits.
         clip: search for the range, which pays at 2 bits; no matter for 8 bits or without ``per_token``.

@@ -25,6 +25,7 @@ Arguments = tuple[Tensor, int, Tensor | None, bool, bool]
 def exact(x: Tensor, bits: int, channels: Tensor | None, clip: bool, per_token: bool) -> tuple[Tensor, ...]:
     """Bytes, parameters and values, from the nearest of all levels in float64."""
     codes, params, _ = _solved(x, bits, channels, clip, per_token)
+    codes = _meaningful(codes, params) if per_token else codes
     width = x.shape[3]
     if bits == 8:
         return codes.double(), params, params * codes
@@ -53,7 +54,7 @@ def _solved(
     low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
     found, all_clear = [], torch.ones(x.shape[:3], dtype=torch.bool)
     for ratio in RATIOS if clip else RATIOS[:1]:
-        least = (high + low) / 2 - ratio * (high - low) / 2
+        least = low if ratio == 1 else (high + low) / 2 - ratio * (high - low) / 2
         step, sure = _half((ratio * (high - low) / most).clamp(min=2.0**-24))
         zero, zero_sure = _half(least)
         codes, clear = _nearest((y - zero) / step, 0, most)
@@ -68,6 +69,11 @@ def _solved(
     pick = [torch.stack([one[i] for one in found]) for i in (1, 2)]
     codes, params = (torch.take_along_dim(all_of, best.expand_as(all_of[0])[None], 0)[0] for all_of in pick)
     return codes, params, all_clear
+
+
+def _meaningful(codes: Tensor, params: Tensor) -> Tensor:
+    """Without codes of tokens whose parameters aren't finite: those stand for no number."""
+    return codes.masked_fill(~params.isfinite().all(-1, keepdim=True), 0)
 
 
 def _vectors(x: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,11 +131,26 @@ def _case(
     return Case(name, make, dtypes)
 
 
+def _not_finite(name: str, bits: int, clip: bool = False) -> Case:
+    """Tokens that hold a NaN, an infinity or both beside a token that must not suffer from them."""
+
+    def make(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
+        x, *others = _case(name, (1, 1, 6, 80), bits, "none", clip).make(generator, dtype)
+        x = x.clone()
+        for token, values in enumerate(((torch.nan,), (torch.inf,), (-torch.inf,), (torch.inf, torch.nan))):
+            x[0, 0, token, 79 - 40 * token // 3 : 79 - 40 * token // 3 + len(values)] = torch.tensor(values)
+        x[0, 0, 4, 3] = torch.nan
+        return x, *others
+
+    return Case(name, make)
+
+
 def _with_values(pack: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, ...]]:
     """Codes, parameters where there are any, and what they unpack to."""
 
     def run(x: Tensor, bits: int, channels: Tensor | None, clip: bool, per_token: bool) -> tuple[Tensor, ...]:
         codes, params = pack(x, bits, channels, clip, per_token)
+        codes = codes if params is None else _meaningful(codes, params)
         values = op.kv_unpack(codes, params, bits, channels)
         return (codes, values) if params is None else (codes, params, values)
 
@@ -172,6 +193,9 @@ SPEC = OpSpec(
         _case("four-bits-by-channel", (1, 2, 7, 80), 4, "own"),
         _case("two-bits-by-channel", (1, 1, 33, 96), 2, "own"),
         _case("eight-bits", (2, 1, 7, 80), 8, "none"),
+        _not_finite("not-finite", 4),
+        _not_finite("not-finite-clipped", 2, clip=True),
+        _not_finite("not-finite-eight-bits", 8),
         _case("no-token", (1, 2, 0, 64), 4, "none", dtypes=(torch.float32,)),
         _case("no-token-eight-bits", (1, 2, 0, 64), 8, "none", dtypes=(torch.float32,)),
     ),

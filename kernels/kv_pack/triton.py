@@ -2,7 +2,7 @@
 
 A token's channels are held as ``[D / parts, parts]``, the parts being those that share a byte, so that packing is a
 sum over the last dimension. Rounding adds 1.5 * 2^23: the sum's low bits are the code, to the nearest, halves to even,
-with no conversion instruction.
+with no conversion instruction. A token's NaN reaches its parameters, as in the reference.
 """
 
 import torch
@@ -15,9 +15,19 @@ CLIPPED_ELEMENTS = 512  # a search takes more registers
 
 
 @jit
+def _smaller(a, b):  # type: ignore[no-untyped-def]
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def _rounded(y, low, high, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """The nearest codes in 1.5 * 2^23 + code for a range of every token, and its step and zero point as stored."""
-    step = tl.maximum(tl.div_rn(high - low, tl.full(low.shape, LARGEST, tl.float32)), SMALLEST)
+    step = _larger(tl.div_rn(high - low, tl.full(low.shape, LARGEST, tl.float32)), SMALLEST)
     step = step.to(tl.float16).to(tl.float32)
     zero = low.to(tl.float16).to(tl.float32)
     steps = tl.broadcast_to(step[:, None, None], y.shape)
@@ -58,15 +68,15 @@ def _pack(  # type: ignore[no-untyped-def]
         y = tl.div_rn(y - mu, tl.broadcast_to(c, y.shape))
     row = (batch * HEADS + head) * T + t
     if BITS == 8:
-        largest = tl.max(tl.max(tl.abs(y), 2), 1)
+        largest = tl.reduce(tl.reduce(tl.abs(y), 2, _larger), 1, _larger)
         step = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)).to(tl.float16)
         tl.store(params_ptr + row, step, mask=t < T)
         divisor = tl.where(step == 0, 1.0, step.to(tl.float32))[:, None, None]
         numbers = tl.where((step == 0)[:, None, None], 0.0, tl.div_rn(y, tl.broadcast_to(divisor, y.shape)))
         codes = tl.minimum(tl.maximum(numbers, -LARGEST), LARGEST) + 12582912.0
     elif PER_TOKEN:
-        low = tl.min(tl.min(tl.where(real, y, float("inf")), 2), 1)
-        high = tl.max(tl.max(tl.where(real, y, float("-inf")), 2), 1)
+        low = tl.reduce(tl.reduce(tl.where(real, y, float("inf")), 2, _smaller), 1, _smaller)
+        high = tl.reduce(tl.reduce(tl.where(real, y, float("-inf")), 2, _larger), 1, _larger)
         codes, step, zero = _rounded(y, low, high, LARGEST, SMALLEST)
         if len(RATIOS) > 1:
             least = _squared_error(y, codes, step, zero, c, real)

@@ -6,22 +6,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
+#include "buffer.h"
 #include "exponential.h"
 #include "lanes.h"
 
 namespace compress {
 namespace {
-
-struct Free {
-    void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer buffer(int64_t values) { return Buffer(static_cast<float*>(std::malloc(static_cast<size_t>(4 * values + 4)))); }
 
 float dot_product(const float* a, const float* b, int64_t size) {
     Floats even = zeros();
@@ -94,10 +86,10 @@ bool run(const Step* steps, int count, const float* x, int64_t tokens, int64_t a
 bool normed(const Step* steps, int count, const float* x, const float* norm, double epsilon, int64_t tokens,
             int64_t activations, int64_t threads) {
     const int64_t columns = steps[0].layer->columns;
-    const Buffer y = buffer(tokens * columns);
-    if (!y) return false;
-    for (int64_t m = 0; m < tokens; ++m) rms_norm(x + m * columns, norm, epsilon, columns, y.get() + m * columns);
-    return run(steps, count, y.get(), tokens, activations, threads);
+    const Buffer y(tokens * columns);
+    if (y == nullptr) return false;
+    for (int64_t m = 0; m < tokens; ++m) rms_norm(x + m * columns, norm, epsilon, columns, y + m * columns);
+    return run(steps, count, y, tokens, activations, threads);
 }
 
 void add_to(float* x, const float* y, int64_t size) {
@@ -177,11 +169,10 @@ int64_t compress_block_before(const CompressBlock* block, const float* hidden, c
 int64_t compress_block_after(const CompressBlock* block, const float* attention, float* hidden, int64_t count) {
     const int64_t values = count * block->hidden;
     const int64_t inner = count * block->gate.rows;
-    const compress::Buffer memory = compress::buffer(values + 2 * inner);
-    if (!memory) return 1;
-    float* y = memory.get();
-    float* gate = y + values;
-    float* up = gate + inner;
+    const compress::Buffer y(values);
+    const compress::Buffer gate(inner);
+    const compress::Buffer up(inner);
+    if (y == nullptr || gate == nullptr || up == nullptr) return 1;
 
     const compress::Step out[] = {{&block->o, y}};
     if (!compress::run(out, 1, attention, count, block->activations, block->threads)) return 1;
@@ -206,8 +197,8 @@ int64_t compress_norm_linear(const CompressLinear* layer, const float* norm, dou
 }
 
 int64_t compress_decode_attention(const CompressAttention* call) {
-    const compress::Buffer scores = compress::buffer(call->tokens);
-    if (!scores) return 1;
+    const compress::Buffer scores(call->tokens);
+    if (scores == nullptr) return 1;
     const int64_t shared = call->heads / call->kv_heads;
     for (int64_t i = 0; i < call->batch * call->heads; ++i) {
         const int64_t b = i / call->heads;
@@ -215,13 +206,13 @@ int64_t compress_decode_attention(const CompressAttention* call) {
         const float* k = call->k + b * call->k_batch + kv * call->k_head;
         const float* v = call->v + b * call->v_batch + kv * call->v_head;
         float* out = call->out + i * call->head_dim;
-        const float largest = compress::score(*call, b, call->q + i * call->head_dim, k, scores.get());
+        const float largest = compress::score(*call, b, call->q + i * call->head_dim, k, scores);
         if (largest == -INFINITY) {
             std::fill(out, out + call->head_dim, 0.0f);
             continue;
         }
-        const float total = compress::exponentials(scores.get(), call->tokens, largest);
-        compress::attend(*call, v, scores.get(), total, out);
+        const float total = compress::exponentials(scores, call->tokens, largest);
+        compress::attend(*call, v, scores, total, out);
     }
     return 0;
 }

@@ -18,6 +18,9 @@
 namespace compress {
 
 inline float half_to_float(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#else
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
     const uint32_t rest = half & 0x7fffu;
     float value;
@@ -35,6 +38,30 @@ inline float half_to_float(uint16_t half) {
     bits |= sign;
     std::memcpy(&value, &bits, 4);
     return value;
+#endif
+}
+
+// To the nearest float16, ties to even.
+inline uint16_t float_to_half(float value) {
+#if defined(__F16C__)
+    return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00u;
+    if (bits >= 0x477ff000u) return sign | 0x7c00u;
+    if (bits < 0x38800000u) {  // below the smallest normal float16: 2^-24 is its unit
+        float small;
+        std::memcpy(&small, &bits, 4);
+        const float rounded = small + 0.5f;  // the unit of floats near 0.5 is 2^-24
+        std::memcpy(&bits, &rounded, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+    }
+    bits += 0xfffu + (bits >> 13 & 1u);
+    return static_cast<uint16_t>(sign | (bits - 0x38000000u) >> 13);
+#endif
 }
 
 inline float bfloat_to_float(uint16_t bfloat) {
@@ -59,6 +86,9 @@ inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats quotient(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 inline Floats load_bfloat(const void* p) {
@@ -77,6 +107,7 @@ inline Lanes load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Lanes all_lanes(int32_t value) { return _mm512_set1_epi32(value); }
 inline Lanes both(Lanes a, Lanes b) { return _mm512_and_si512(a, b); }
 inline Lanes either(Lanes a, Lanes b) { return _mm512_or_si512(a, b); }
+inline Lanes flipped(Lanes a, Lanes b) { return _mm512_xor_si512(a, b); }
 template <int N>
 inline Lanes right(Lanes v) {
     return _mm512_srli_epi32(v, N);
@@ -101,6 +132,9 @@ inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats quotient(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats load_half(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 inline Floats load_bfloat(const void* p) {
@@ -119,6 +153,7 @@ inline Lanes load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpre
 inline Lanes all_lanes(int32_t value) { return _mm256_set1_epi32(value); }
 inline Lanes both(Lanes a, Lanes b) { return _mm256_and_si256(a, b); }
 inline Lanes either(Lanes a, Lanes b) { return _mm256_or_si256(a, b); }
+inline Lanes flipped(Lanes a, Lanes b) { return _mm256_xor_si256(a, b); }
 template <int N>
 inline Lanes right(Lanes v) {
     return _mm256_srli_epi32(v, N);
@@ -147,6 +182,9 @@ inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 inline Floats add(Floats a, Floats b) { return a + b; }
 inline Floats sub(Floats a, Floats b) { return a - b; }
 inline Floats mul(Floats a, Floats b) { return a * b; }
+inline Floats quotient(Floats a, Floats b) { return a / b; }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats load_half(const void* p) {
     uint16_t h[4];
@@ -164,7 +202,8 @@ inline Floats load_bytes(const uint8_t* p) {
 
 inline Lanes widen(const uint8_t* p) { return Lanes{p[0], p[1], p[2], p[3]}; }
 inline Floats floats(Lanes v) {
-    return Floats{static_cast<float>(v[0]), static_cast<float>(v[1]), static_cast<float>(v[2]), static_cast<float>(v[3])};
+    typedef int32_t Signed __attribute__((vector_size(16)));
+    return __builtin_convertvector((Signed)v, Floats);
 }
 inline Lanes load_lanes(const uint8_t* p) {
     uint32_t words[4];
@@ -180,6 +219,7 @@ inline Lanes all_lanes(int32_t value) {
 }
 inline Lanes both(Lanes a, Lanes b) { return a & b; }
 inline Lanes either(Lanes a, Lanes b) { return a | b; }
+inline Lanes flipped(Lanes a, Lanes b) { return a ^ b; }
 template <int N>
 inline Lanes right(Lanes v) {
     return v >> N;
@@ -220,28 +260,20 @@ inline float sum_of(Floats v) {
 #endif
 }
 
-// The sums of four registers, side by side.
-inline void store_sums(float* out, Floats a, Floats b, Floats c, Floats d) {
-#if defined(__AVX2__)
+inline float largest_of(Floats v) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    const auto halved = [](__m512 v) {
-        const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-        return _mm256_add_ps(_mm512_castps512_ps256(v), high);
-    };
-    const __m256 ab = _mm256_hadd_ps(halved(a), halved(b));
-    const __m256 cd = _mm256_hadd_ps(halved(c), halved(d));
+    return _mm512_reduce_max_ps(v);
+#elif defined(__AVX2__)
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
-    const __m256 ab = _mm256_hadd_ps(a, b);
-    const __m256 cd = _mm256_hadd_ps(c, d);
-#endif
-    const __m256 all_four = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all_four), _mm256_extractf128_ps(all_four, 1)));
-#else
-    out[0] = sum_of(a);
-    out[1] = sum_of(b);
-    out[2] = sum_of(c);
-    out[3] = sum_of(d);
+    const float even = v[0] > v[2] ? v[0] : v[2];
+    const float odd = v[1] > v[3] ? v[1] : v[3];
+    return even > odd ? even : odd;
 #endif
 }
+
+inline float smallest_of(Floats v) { return -largest_of(sub(zeros(), v)); }
 
 }  // namespace compress
