@@ -17,6 +17,7 @@ COMMANDS = (
     "report",
     "compare",
     "inspect",
+    "heads",
     "push",
     "recipes",
     "generate",

@@ -22,10 +22,12 @@ from compress.evalsuite.harness import Samples
 from compress.evalsuite.score import score, tokenizer_fingerprint
 from compress.evalsuite.scores import Scores, finite
 from compress.evalsuite.statistics import EXPLANATION
+from compress.heads.sinks import SinkChange, sink_rate, sink_windows
 from compress.memory import release
 from compress.options import EvalOptions
 from compress.runtime import Compute, Unloaded, find
 
+SINK_BATCH = 4
 Open = Callable[[], PreTrainedModel]
 """Loads a model to the device where it is scored."""
 
@@ -40,6 +42,7 @@ class EvalOutcome:
         rows: the two side by side.
         text: origin of the text of perplexity and divergence.
         haystack: origin of the text around needles.
+        sinks: how many heads rest on the first token, where divergence was asked for.
     """
 
     scores: Scores
@@ -47,6 +50,7 @@ class EvalOutcome:
     rows: list[Row]
     text: str | None
     haystack: str | None = None
+    sinks: SinkChange | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -58,10 +62,11 @@ class EvalOutcome:
         }
 
     def findings(self) -> dict[str, Any]:
-        """What follows from the scores, as JSON types: ``rows``, ``divergence`` and ``long_context``."""
+        """What follows from the scores, as JSON types: ``rows``, ``divergence``, ``sinks`` and ``long_context``."""
         return {
             "rows": [row.to_json() for row in self.rows],
             "divergence": self._divergence(),
+            "sinks": None if self.sinks is None else self.sinks.to_json(),
             "long_context": self._long_context(),
         }
 
@@ -223,26 +228,32 @@ def score_all(
     """
     settings = prepared.settings if cache is None else prepared.settings.through_cache()
 
-    def measure(which: str, load: Open, cache: Callable[[], Cache] | None) -> Scores:
+    def measure(which: str, load: Open, cache: Callable[[], Cache] | None) -> tuple[Scores, float | None]:
         started = time.perf_counter()
         samples: Samples = {}
         used = material if prepared.on_scores is None else replace(material, on_samples=samples.update)
-        scores = score(load(), tokenizer, prepared.tasks, settings, used, cache)
+        loaded = load()
+        scores = score(loaded, tokenizer, prepared.tasks, settings, used, cache)
+        rate = sink_rate(loaded, pieces.split(SINK_BATCH)) if len(pieces) else None
+        del loaded
         release()
         if prepared.on_scores is not None:
             prepared.on_scores(which, scores, samples)
         told(which, time.perf_counter() - started)
-        return scores
+        return scores, rate
 
     with TemporaryDirectory(prefix="compress-") as folder:
         reference = Reference(Path(folder)) if DIVERGENCE in prepared.tasks else None
         material = replace(prepared.material, reference=reference)
+        text = material.text.ids if reference is not None and material.text is not None else torch.empty(0)
+        pieces = sink_windows(text)
         # The baseline comes first, because divergence looks back to it.
-        before = None if baseline is None else measure("original", baseline, None)
+        before, first = (None, None) if baseline is None else measure("original", baseline, None)
         for name, load in models.items():
-            after = measure(name, load, cache)
+            after, rate = measure(name, load, cache)
             rows = [] if before is None else compare(before, after)
-            yield EvalOutcome(after, before, rows, prepared.text, prepared.haystack)
+            sinks = None if first is None or rate is None else SinkChange(first, rate, len(pieces))
+            yield EvalOutcome(after, before, rows, prepared.text, prepared.haystack, sinks)
 
 
 def eval_section(settings: dict[str, Any], outcome: EvalOutcome) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from compress.evalsuite.report.wording import (
     signed_text,
 )
 
+SINK_ALARM = 5.0
+"""Points by which the share of heads that rest on the first token may fall."""
+
 CLEARLY_NOTE = (
     "How to read it: ± is the standard error, how far the figure would wander with other questions. The p-value comes"
     " from a paired test on the same items: it is the chance of a difference this large if compression changed nothing."
@@ -164,6 +167,7 @@ def divergence(report: Mapping[str, Any]) -> Section | None:
     if is_number(greedy.get("changed_tokens")):
         about = "tokens that differ in those answers; one early change alters all that follow"
         rows.append((Cell("Tokens of answers changed", about), percent(greedy["changed_tokens"])))
+    rows += _sinks(dig(report, "eval", "sinks") or {})
     blocks: list[Block] = [
         Table("Agreement of the compressed model with the original", ("Measure", "Value"), tuple(rows), frozenset({1}))
     ]
@@ -178,6 +182,21 @@ def divergence(report: Mapping[str, Any]) -> Section | None:
         " equal while answers change.",
         tuple(blocks),
     )
+
+
+def _sinks(found: Mapping[str, Any]) -> list[tuple[str | Cell, ...]]:
+    """The row of the heads that rest on the first token, if they were counted."""
+    known = ("before", "after", "sequences", "tokens", "threshold")
+    if not all(is_number(found.get(key)) for key in known):
+        return []
+    about = (
+        f"query heads that give the first token more than {percent(found['threshold'], 0)} of their attention · a fall"
+        f" by {SINK_ALARM:g} points is a bad sign"
+    )
+    before, after = found["before"], found["after"]
+    of = f"{plural(found['sequences'], 'piece')} of text, {found['tokens']:,} tokens each"
+    value = Cell(f"{percent(before / 100)} → {percent(after / 100)}", of, "bad" if before - after >= SINK_ALARM else "")
+    return [(Cell("Heads that rest on the first token", about), value)]
 
 
 def _counted(greedy: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from compress import eval_inputs
 from compress.artifact import export
 from compress.eval_inputs import HUB_TEXT, EvalText, check_eval, open_eval_text, prepare_eval, settings_of
 from compress.evaluate import evaluate
+from compress.heads.sinks import sink_rate
 from compress.model import ModelView
 from compress.options import EvalOptions
 from compress.schema import Eval
@@ -150,6 +152,34 @@ def test_divergence_from_the_original(tiny: Tiny, artifact: Path, text: Path) ->
     assert outcome.scores.divergence.sentence() in outcome.lines()
     assert outcome.lines()[-1].startswith("p: how likely")
     assert outcome.scores.divergence.sentence() in outcome.note()
+
+
+def test_heads_that_rest_on_the_first_token(
+    tiny: Tiny, artifact: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = str(tiny("llama"))
+    # heads of random models have no sink; below this share some of them do
+    monkeypatch.setattr("compress.evaluate.sink_rate", partial(sink_rate, threshold=0.05))
+    found = evaluate(str(artifact), ["divergence"], options(text, baseline=original)).to_json()["sinks"]
+    for which, path in (("before", tiny("llama")), ("after", artifact)):
+        assert found[which] == pytest.approx(sink_percent(path, text, 0.05), abs=0.5)
+        assert 0 < found[which] < 100
+    assert (found["sequences"], found["tokens"], found["threshold"]) == (16, 64, 0.3)
+    assert evaluate(str(artifact), ["perplexity"], options(text, baseline=original)).sinks is None
+    (tmp_path / "short.txt").write_text("the hen in a barn")
+    short = EvalOptions(text=str(tmp_path / "short.txt"), window=8, baseline=original)
+    assert evaluate(str(artifact), ["divergence"], short).sinks is None
+
+
+def sink_percent(model: Path, text: Path, threshold: float) -> float:
+    """By transformers' eager attention: heads whose mean attention to the first of 64 tokens is above a threshold."""
+    ids = AutoTokenizer.from_pretrained(model)(text.read_text(), return_tensors="pt").input_ids[0]
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    step = len(ids) // 16
+    pieces = torch.stack([ids[i * step : i * step + 64] for i in range(16)])
+    with torch.no_grad():
+        seen = loaded(pieces, output_attentions=True).attentions
+    return 100 * float((torch.stack(seen)[..., 0].mean(-1) > threshold).double().mean())
 
 
 def log_probabilities(model: Path, text: Path, windows: int) -> torch.Tensor:

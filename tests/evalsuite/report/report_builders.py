@@ -172,6 +172,7 @@ def _evaluation() -> dict[str, Any]:
             "top1_agreement": 0.8125,
             "greedy": {"prompts": 8, "tokens": 64, "changed_answers": 0.75, "changed_tokens": 0.5},
         },
+        "sinks": {"before": 90.0, "after": 84.5, "sequences": 16, "tokens": 64, "threshold": 0.3},
         "long_context": {
             "lengths": list(lengths),
             "depths": 3,

@@ -85,6 +85,26 @@ def test_scores_say_what_chance_explains(page: Element) -> None:
     assert "clearly worse on Perplexity and ARC-Easy, clearly better on PIQA" in verdict
 
 
+def test_heads_that_rest_on_the_first_token() -> None:
+    report = full_report()
+    for key in ("weights", "tuning", "efficiency"):
+        report.pop(key, None)
+    report["eval"]["long_context"] = None
+
+    def told() -> Element:
+        rows = section(read(render(report, "x")), "divergence").all("tr")
+        (line,) = [row for row in rows if row.text().startswith("Heads that rest")]
+        return line
+
+    assert "90.0 % → 84.5 % 16 pieces of text, 64 tokens each" in told().text()
+    assert "more than 30 % of their attention" in told().text()
+    assert any("bad" in span.attributes.get("class", "") for span in told().all("span"))
+    report["eval"]["sinks"]["after"] = 85.5
+    assert not any("bad" in span.attributes.get("class", "") for span in told().all("span"))
+    report["eval"]["sinks"] = None
+    assert "first token" not in section(read(render(report, "x")), "divergence").text()
+
+
 def test_the_worst_modules_come_first(page: Element) -> None:
     rows = table_rows(section(page, "errors"))
     assert len(rows) == LAYERS * len(KINDS)
