@@ -4,21 +4,20 @@ Every score is the largest of a KV head's query heads, since a cache is kept for
 the need for far tokens. Probabilities exist for a block of rows at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.calibrate.errors import InputError, did_you_mean
-from compress.evalsuite.longcontext.prompts import token_ids
 from compress.evalsuite.sliding import context_of
+from compress.heads.copies import Copies
 from compress.heads.data import Item, passkey_items, text_windows
 from compress.heads.mean_qk import mean_qk_scores
 from compress.heads.retrieval import retrieval_scores
-from compress.heads.rows import Measure, measured, probabilities
+from compress.heads.rows import measured, probabilities
 from compress.tap import Seen
 
 
@@ -140,25 +139,9 @@ def _on_copies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ScoreSettings, ahead: int
 ) -> Tensor:
     """Mean mass at ``ahead`` tokens behind the earlier copies of a row's token."""
-    first = token_ids(tokenizer, "")
-    context = context_of(model.config.get_text_config(decoder=True)) or settings.random_tokens
-    period = (min(settings.random_tokens, context) - len(first)) // settings.copies
-    vocabulary = sorted(set(range(min(len(tokenizer), model.get_input_embeddings().weight.shape[0]))))
-    ordinary = [token for token in vocabulary if token not in set(tokenizer.all_special_ids)]
-    ids = torch.tensor(first + Random(settings.seed).choices(ordinary, k=period) * settings.copies)
-    rows = torch.arange(len(first) + period, len(ids))
-
-    def measure(seen: Seen) -> Tensor:
-        found = torch.zeros(seen.query.shape[1], device=seen.key.device)
-        for own, mass in probabilities(seen, rows):
-            own = own.to(mass.device)
-            places = own[:, None] - period * torch.arange(1, settings.copies, device=own.device)
-            inside = places >= len(first)
-            at = (places + ahead).clamp(min=0).expand(len(mass), -1, -1)
-            found += (mass.gather(2, at) * inside).sum((1, 2))
-        return found / len(rows)
-
-    def sequences() -> Iterator[tuple[Tensor, Measure]]:
-        yield ids, measure
-
-    return measured(model, sequences())
+    length = min(
+        settings.random_tokens, context_of(model.config.get_text_config(decoder=True)) or settings.random_tokens
+    )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    copies = Copies.of(tokenizer, vocabulary, length, settings.copies, settings.seed)
+    return measured(model, iter([(copies.ids, lambda seen: copies.mass(seen, ahead))]))

@@ -47,23 +47,23 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences in another order, as beam search does."""
-        self._rearrange(lambda states: states.index_select(0, beam_idx.to(states.device)))
+        self.rearrange(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self._rearrange(lambda states: states.repeat_interleave(repeats, dim=0))
+        self.rearrange(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the sequences."""
-        self._rearrange(lambda states: states[indices, ...])
+        self.rearrange(lambda states: states[indices, ...])
 
     def reset(self) -> None:
         """Forget everything."""
         self._room = self._shown = None
         super().reset()
 
-    def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the dimension of the batch, the room with it."""
+    def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function of the batch's dimension, to the room too."""
         length = self.get_seq_length()
         if length == 0:
             return

@@ -3,7 +3,8 @@
 ``update`` can only take keys and values in, because it isn't shown the queries; so it returns a handle, and the
 attention function (``compress.runtime.attention``) asks the layer behind it to attend. The layer deals with what
 transformers sends: columns and padding, further chunks, crops, beams. Keys and values themselves are in its parts, one
-for each group of KV heads that are kept alike (``part.py``).
+for each group of KV heads that are kept alike (``part.py``). Where no head is packed they stay together, and the
+model's own attention is used, until the text is so long that a head drops a token.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from compress.evalsuite.efficiency import allocated
+from compress.kernels.ragged_decode import ragged_decode
 from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
+from compress.kv.growing import GrowingLayer
 from compress.kv.part import Call, Part
+from compress.kv.plain import PlainPart
 from compress.kv.window import Tokens
 
 
@@ -63,12 +67,14 @@ class PlanLayer(CacheLayerMixin):
         self._staged: tuple[Tensor, Tensor] | None = None
         self._columns = 0  # tokens and padding that were taken in
         self._valid: Tensor | None = None  # [batch, columns] bool, once there was padding
+        plain = all(isinstance(cluster.part, PlainPart) for cluster in self.clusters)
+        self._whole = GrowingLayer() if plain else None  # what is held, until a head drops something
         self._inference = False  # whether some tensors are inference mode's, which nobody else may write to
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the last tokens can be forgotten as things are."""
-        return all(cluster.part.croppable for cluster in self.clusters)
+        return self._whole is not None or all(cluster.part.croppable for cluster in self.clusters)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take type, device and shape from the first keys [batch, KV heads, tokens, head_dim].
@@ -88,9 +94,12 @@ class PlanLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Take in [batch, KV heads, new, head_dim]; returns a handle twice."""
+        """Take in [batch, KV heads, new, head_dim]; returns a handle twice, or all that is held while it is whole."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._whole is not None and not self._drops(self._columns + key_states.shape[2]):
+            self._columns += key_states.shape[2]
+            return self._whole.update(key_states, value_states)
         self._staged = key_states, value_states
         handle = Handle(self)
         return handle, handle
@@ -112,11 +121,12 @@ class PlanLayer(CacheLayerMixin):
         """
         key, value = self._taken()
         count = query.shape[2]
+        self._part_with(mask)
         valid = self._shown(mask, count)
         alone = self._columns == 0
         self._note_columns(count, valid)
         if count == 1 and valid is None and not alone:
-            return self._each(query, key, value, lambda part, q, new: part.step(q, new, scaling))
+            return self._step(query, key, value, scaling)
         order = None if valid is None else valid.to(torch.int8).argsort(dim=1, stable=True)  # padding to the left
         if order is not None:
             query, key, value = (_ordered(states, order) for states in (query, key, value))
@@ -133,7 +143,10 @@ class PlanLayer(CacheLayerMixin):
         Args:
             mass: attention that they are said to have received, [batch, KV heads, new] float32, where it matters.
         """
+        if self._staged is None:
+            return  # the layer is still whole, and has kept them
         key, value = self._taken()
+        self._part_with(None)
         call = Call(1.0, self._padding(None), self._columns == 0)
         self._note_columns(key.shape[2], None)
         for cluster in self.clusters:
@@ -178,6 +191,9 @@ class PlanLayer(CacheLayerMixin):
             removed = self._valid[:, -count:].sum(1).cpu()
             self._valid = self._valid[:, :-count]
         self._columns -= count
+        if self._whole is not None:
+            self._whole.crop(tokens_to_remove)
+            return
         for cluster in self.clusters:
             cluster.part.crop(removed)
 
@@ -208,6 +224,8 @@ class PlanLayer(CacheLayerMixin):
         """Bytes of keys and values, of all that is kept for the tokens, and of all tensors with their spare room."""
         if not self.is_initialized:
             return KVBytes(0, 0, 0)
+        if self._whole is not None:
+            return plain_bytes(self._whole)
         total = sum((cluster.part.nbytes() for cluster in self.clusters), KVBytes(0, 0, 0))
         return total + KVBytes(0, 0, allocated(self._valid).nbytes)
 
@@ -217,6 +235,39 @@ class PlanLayer(CacheLayerMixin):
         staged, self._staged = self._staged, None
         self._thaw()
         return staged
+
+    def _drops(self, length: int) -> bool:
+        """Whether a head doesn't see all of so many tokens."""
+        return any(
+            isinstance(cluster.part, PlainPart) and cluster.part.reach.drops(length) for cluster in self.clusters
+        )
+
+    def _part_with(self, mask: Tensor | None) -> None:
+        """Give what was whole to the parts."""
+        whole, self._whole = self._whole, None
+        if whole is None or not self._columns:
+            return
+        valid = None if mask is None else mask[:, : self._columns].bool()
+        if valid is not None and not bool(valid.all()):
+            self._valid = valid
+            order = valid.to(torch.int8).argsort(dim=1, stable=True)
+            whole.keys, whole.values = (_ordered(states, order) for states in (whole.keys, whole.values))
+        call = Call(1.0, self._padding(self._valid), alone=True)
+        for cluster in self.clusters:
+            new = Tokens(*(_of(cluster, states, whole.keys.shape[1]) for states in (whole.keys, whole.values)))
+            cluster.part.keep(new, call)
+
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """One new token of every sequence; heads without packed or far tokens attend together."""
+        held = []
+        for cluster in self.clusters:
+            if not isinstance(cluster.part, PlainPart) or cluster.part.reach.stride is not None:
+                return self._each(query, key, value, lambda part, q, new: part.step(q, new, scaling))
+            heads = tuple(range(key.shape[1])) if cluster.heads is None else cluster.heads
+            held.append((cluster, cluster.part, heads))
+        for cluster, part, _ in held:
+            part.append(Tokens(*(_of(cluster, states, key.shape[1]) for states in (key, value))))
+        return ragged_decode(query, [part.cluster(heads) for _, part, heads in held], scaling)[0]
 
     def _each(self, query: Tensor, key: Tensor, value: Tensor, attend: Any) -> Tensor:
         """The output of every cluster, in its heads' places."""
@@ -268,6 +319,8 @@ class PlanLayer(CacheLayerMixin):
     def _change_batch(self, change: Change) -> None:
         if not self.is_initialized:
             return
+        if self._whole is not None and self._columns:
+            self._whole.rearrange(change)
         for cluster in self.clusters:
             cluster.part.change(change)
         if self._valid is not None:
@@ -281,6 +334,15 @@ class PlanLayer(CacheLayerMixin):
         elif self._inference:
             self._inference = False
             self._change_batch(torch.clone)
+
+
+def plain_bytes(layer: DynamicLayer) -> KVBytes:
+    """Bytes of a layer whose keys and values are tensors: all of them are payload, and some have spare room."""
+    if not isinstance(layer.keys, Tensor) or layer.keys.numel() == 0:
+        return KVBytes(0, 0, 0)
+    held = layer.keys.nbytes + layer.values.nbytes
+    rooms = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (layer.keys, layer.values)}
+    return KVBytes(held, held, sum(rooms.values()))
 
 
 def _of(cluster: Cluster, states: Tensor, kv_heads: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.evalsuite.efficiency import allocated
 from compress.kernels.flash_prefill import flash_prefill
+from compress.kernels.ragged_decode import Cluster
 from compress.kernels.segment_attention import Segment
 from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
@@ -46,6 +47,11 @@ class Reach:
         """Newest tokens that are seen at a length; None for all."""
         return None if self.window.full else max(1, self.window.span(self.length or length))
 
+    def drops(self, length: int) -> bool:
+        """Whether some of so many tokens aren't seen."""
+        span = self.span(length)
+        return span is not None and self.sink + span < length
+
     def strided(self, places: Tensor) -> Tensor:
         """Whether tokens at these places are in a block that is kept."""
         if self.stride is None:
@@ -65,6 +71,7 @@ class PlainPart:
         self.reader = Reader()
         self.ring = reach.span(0)
         self.counts = self.base = torch.zeros(0, dtype=torch.int64)
+        self._even: tuple[int, int] | None = None  # counts and base where all sequences have the same
 
     def fresh(self) -> "PlainPart":
         """See :class:`compress.kv.part.Part`."""
@@ -85,9 +92,14 @@ class PlainPart:
 
     def step(self, query: Tensor, new: Tokens, scaling: float) -> Tensor:
         """See :class:`compress.kv.part.Part`."""
-        self._append(new)
+        self.append(new)
         out, _ = self.reader.read(query, self._segments, scaling)
         return out.to(new.values.dtype)
+
+    def cluster(self, heads: tuple[int, ...]) -> Cluster:
+        """What is near, for :func:`compress.kernels.ragged_decode.ragged_decode`; ``heads`` are the layer's."""
+        room = self.near
+        return Cluster(room.keys, room.values, heads, room.bounds, room.keys.shape[2])
 
     def chunk(self, query: Tensor, new: Tokens, call: Call) -> Tensor:
         """See :class:`compress.kv.part.Part`; each row sees exactly its sink and window."""
@@ -115,7 +127,8 @@ class PlainPart:
     def crop(self, removed: Tensor) -> None:
         """See :class:`compress.kv.part.Part`."""
         self.counts = self.counts - removed
-        self.near.end_at(self.counts)
+        self.near.end_at(self.counts.tolist())
+        self._look()
 
     def change(self, change: Change) -> None:
         """See :class:`compress.kv.part.Part`."""
@@ -123,7 +136,7 @@ class PlainPart:
             room.change(change)
         for name in ("counts", "base", "far_counts", "far_places"):
             setattr(self, name, change(getattr(self, name)))
-        self.reader.forget()
+        self._look()
 
     def nbytes(self) -> KVBytes:
         """See :class:`compress.kv.part.Part`."""
@@ -139,8 +152,11 @@ class PlainPart:
         assert self.ring is not None
         return (self.counts - self.base > self.ring) | (self.base > self.reach.sink)
 
-    def _append(self, new: Tokens) -> None:
-        """One token of every sequence."""
+    def append(self, new: Tokens) -> None:
+        """Keep one token of every sequence."""
+        if self._even is not None:
+            self._append_evenly(new, *self._even)
+            return
         span = self.reach.span(int(self.counts.max()) + 1)
         if span is not None and span != self.ring:
             self._widen(span)
@@ -150,12 +166,28 @@ class PlainPart:
             if self.reach.stride is not None:
                 self._move_on()
             slots = torch.where(place < sink, place, sink + (place - self.base).clamp(min=0) % max(self.ring, 1))
-        most = None if self.ring is None else sink + self.ring
-        if self.near.reserve(int(slots.max()) + 1, most):
-            self.reader.forget()
-        self.near.write(slots, new.keys, new.values)
+        self._reserve(int(slots.max()) + 1)
+        self.near.write(slots.tolist(), new.keys, new.values)
         self.counts = place + 1
-        self.near.end_at(self._ends())
+        self.near.end_at(self._ends().tolist())
+
+    def _append_evenly(self, new: Tokens, count: int, base: int) -> None:
+        """The same where all sequences hold equally many tokens, in numbers instead of tensors."""
+        sink, ring = self.reach.sink, self.reach.span(count + 1)
+        if ring is not None and ring != self.ring:
+            self._widen(ring)
+            base = int(self.base[0])
+        slot = count if ring is None or count < sink else sink + max(0, count - base) % ring
+        self._reserve(slot + 1)
+        self.near.write([slot], new.keys, new.values)
+        count += 1
+        self.near.end_at([count if ring is None or count <= base else sink + min(count - base, ring)])
+        self._even = count, base
+        self.counts.add_(1)
+
+    def _reserve(self, slots: int) -> None:
+        if self.near.reserve(slots, None if self.ring is None else self.reach.sink + self.ring):
+            self.reader.forget()
 
     def _ends(self) -> Tensor:
         """Filled slots of every sequence."""
@@ -188,10 +220,12 @@ class PlainPart:
             self.far_places = torch.nn.functional.pad(
                 self.far_places, (0, self.far.keys.shape[2] - self.far_places.shape[1])
             )
-        self.far.write(self.far_counts, keys, values)  # where nothing is kept, a slot that isn't filled is written
+        self.far.write(
+            self.far_counts.tolist(), keys, values
+        )  # where nothing is kept, a slot that isn't filled is written
         self.far_places[torch.arange(len(slots)), self.far_counts] = leaves
         self.far_counts = self.far_counts + kept
-        self.far.end_at(self.far_counts)
+        self.far.end_at(self.far_counts.tolist())
 
     def _near_places(self) -> Tensor:
         """Which token is in every slot of the near room, [batch, slots]; -1 for none."""
@@ -252,15 +286,21 @@ class PlainPart:
             ends = sinks[:, 0] + (self.counts - oldest).clamp(min=0)
             slots = torch.arange(int(ends.max()))
             order = torch.where(slots < sinks, slots + absent[:, None], total - ends[:, None] + slots)
-        self.near.fill(*_both(held, order.clamp(max=total - 1)), ends)
+        self.near.fill(*_both(held, order.clamp(max=total - 1)), ends.tolist())
+        self._look()
+
+    def _look(self) -> None:
+        """Tensors were exchanged, or cut."""
         self.reader.forget()
+        pairs = set(zip(self.counts.tolist(), self.base.tolist(), strict=True))
+        self._even = next(iter(pairs)) if len(pairs) == 1 and self.reach.stride is None else None
 
     def _refill_far(self, held: Tokens, places: Tensor) -> None:
         kept = (places >= self.reach.sink) & (places < self.base[:, None]) & self.reach.strided(places)
         self.far_counts = kept.sum(1)
         most = int(self.far_counts.max())
         order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-        self.far.fill(*_both(held, order), self.far_counts)
+        self.far.fill(*_both(held, order), self.far_counts.tolist())
         self.far_places = places.gather(1, order)
 
     def _seen(self, rows: Tensor, places: Tensor, span: int) -> Tensor:

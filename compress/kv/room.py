@@ -37,29 +37,27 @@ class Room:
             setattr(self, name, room)
         return True
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put one token of every sequence, [batch, KV heads, 1, head_dim], into its slot, [batch] on the CPU."""
-        found = slots.tolist()
-        if found.count(found[0]) == len(found):
-            self.keys[:, :, found[0]] = keys[:, :, 0]
-            self.values[:, :, found[0]] = values[:, :, 0]
+    def write(self, slots: list[int], keys: Tensor, values: Tensor) -> None:
+        """Put one token of every sequence, [batch, KV heads, 1, head_dim], into its slot; one slot is for all."""
+        if slots.count(slots[0]) == len(slots):
+            self.keys.narrow(2, slots[0], 1).copy_(keys)
+            self.values.narrow(2, slots[0], 1).copy_(values)
             return
-        rows, places = torch.arange(len(found), device=keys.device), slots.to(keys.device)
+        rows, places = torch.arange(len(slots), device=keys.device), torch.tensor(slots, device=keys.device)
         self.keys[rows, :, places] = keys[:, :, 0]
         self.values[rows, :, places] = values[:, :, 0]
 
-    def fill(self, keys: Tensor, values: Tensor, ends: Tensor) -> None:
-        """Hold these tokens and no others, ``ends`` [batch] of each sequence."""
+    def fill(self, keys: Tensor, values: Tensor, ends: list[int]) -> None:
+        """Hold these tokens and no others, ``ends`` of each sequence."""
         self.keys, self.values = (states.clone(memory_format=torch.contiguous_format) for states in (keys, values))
         self.end_at(ends)
 
-    def end_at(self, ends: Tensor) -> None:
-        """Filled slots of every sequence, [batch] on the CPU."""
-        found = ends.tolist()
-        if found.count(found[0]) == len(found):
-            self.bounds[..., 1] = found[0]
+    def end_at(self, ends: list[int]) -> None:
+        """Filled slots of every sequence; one number is for all."""
+        if ends.count(ends[0]) == len(ends):
+            self.bounds[..., 1] = ends[0]
         else:
-            self.bounds[..., 1] = ends.to(self.bounds)[:, None]
+            self.bounds[..., 1] = torch.tensor(ends, device=self.bounds.device)[:, None]
 
     def segment(self) -> Segment:
         """For :func:`compress.kernels.segment_attention.segment_attention`."""

@@ -1,7 +1,7 @@
 """Ways to keep a KV cache, by name: ours, and those that it is measured against."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from compress.calibrate.errors import InputError, did_you_mean
+from compress.kv.copying import Place, anywhere, how_many
 from compress.kv.kivi import GROUP, KiviCache, KiviFormat
-from compress.kv.settings import bits_of, packing_of
-from compress.plan import AttentionPlan, Source, sliding_layers
+from compress.kv.settings import bits_of, copying_bits, packing_of
+from compress.plan import AttentionPlan, Source, fingerprint_of, sliding_layers
 from compress.plan_writer import PlanWriter
 from compress.recipe import Recipe
 from compress.runtime.plan_cache import PlanCache
@@ -50,8 +51,17 @@ class Scheme:
     missing: str = ""
 
 
-def plan_of(config: PreTrainedConfig, settings: KV, seed: int = 0) -> AttentionPlan:
-    """The plan that a recipe's section ``kv`` without a budget describes, for any model."""
+def plan_of(
+    config: PreTrainedConfig, settings: KV, seed: int = 0, copying: Sequence[Place] | None = None
+) -> AttentionPlan:
+    """The plan that a recipe's section ``kv`` without a budget describes, for any model.
+
+    Args:
+        config: of the model.
+        settings: the section.
+        seed: of probes.
+        copying: its heads that copy; None takes as many, whichever, which is enough to count bytes.
+    """
     decoder = config.get_text_config(decoder=True)
     sliding = sliding_layers(decoder)
     packed = [index for index in range(decoder.num_hidden_layers) if index not in sliding]
@@ -59,6 +69,11 @@ def plan_of(config: PreTrainedConfig, settings: KV, seed: int = 0) -> AttentionP
     writer.packing(packing_of(settings, seed))
     for layer, held in bits_of(settings, packed).items():
         writer.kv(layer, held)
+    if copying is None:
+        heads = fingerprint_of(config).kv_heads
+        copying = anywhere(how_many(settings.copying_heads, heads * len(packed)), heads, packed)
+    for layer, head in copying:
+        writer.kv(layer, copying_bits(settings), (head,))
     return writer.finish()
 
 

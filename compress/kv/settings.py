@@ -13,6 +13,11 @@ def packing_of(settings: KV, seed: int) -> Packing:
     return Packing(**own, seed=seed)
 
 
+def copying_bits(settings: KV) -> KVBits:
+    """The bits of a KV head that copies."""
+    return KVBits(high=settings.high_bits, low=settings.high_bits, ratio=1.0)
+
+
 def bits_of(settings: KV, layers: Sequence[int]) -> dict[int, KVBits]:
     """The bits of the layers that are packed, where no budget chooses them."""
     bits = dict.fromkeys(layers, KVBits(high=settings.high_bits, low=settings.low_bits, ratio=settings.ratio))

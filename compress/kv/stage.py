@@ -5,7 +5,7 @@ calibration windows decide on the bits of each layer (``budget.py``).
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +17,8 @@ from compress.calibrate.stream import ActivationFile
 from compress.events import LayerDone, LayerStarted, Message, StageDone, StageStarted
 from compress.job import Estimate, Job
 from compress.kv.budget import CANDIDATES, WINDOWS, Choice, Profile, choose, prompt_tokens
-from compress.kv.settings import bits_of, packing_of
+from compress.kv.copying import Place, anywhere, best, copying_scores, how_many
+from compress.kv.settings import bits_of, copying_bits, packing_of
 from compress.model import ModelFacts
 from compress.plan import AttentionPlan, KVBits, Source
 from compress.plan_compile import predict_bytes
@@ -58,10 +59,13 @@ class KVStage:
         calibration = recipe.calibration
         windows = min(WINDOWS, calibration.samples) if chosen and calibration is not None else 0
         tokens = windows * calibration.seq_len if calibration is not None else 0
+        lines = _lines(facts, settings, plan)
+        if recipe.heads is not None:
+            lines.append("KV cache: that is with every head keeping all tokens; what streaming heads save comes on top")
         layer = sum(fact.out_features * fact.in_features for fact in facts.linears(0).values())
         scratch = 4 * tokens * facts.config.hidden_size
         return Estimate(
-            lines=_lines(facts, settings, plan),
+            lines=lines,
             flops=2.0 * tokens * layer * facts.num_layers,
             scratch_bytes=scratch,
             memory_bytes=scratch + 12 * layer,
@@ -76,14 +80,13 @@ class KVStage:
         started = time.perf_counter()
         job.emit(StageStarted("kv", facts.num_layers))
         choice = None if settings.budget is None else _chosen(job, settings)
-        bits = (
-            bits_of(settings, packed_layers(facts))
-            if choice is None
-            else dict(zip(packed_layers(facts), choice.bits, strict=True))
-        )
+        layers = packed_layers(facts)
+        bits = bits_of(settings, layers) if choice is None else dict(zip(layers, choice.bits, strict=True))
+        copying = _copying(job, settings)
         digest = None if choice is None or job.calibration is None else job.calibration.digest
-        job.plan = _plan(facts, job.recipe, bits, job.plan, digest)
+        job.plan = _plan(facts, job.recipe, bits, job.plan, digest, copying)
         job.report["kv"] = report = _report(facts, settings, job.plan, bits, choice)
+        report["copying_heads"] = [list(place) for place in copying]
         job.emit(Message(report["summary"]))
         job.emit(StageDone("kv", time.perf_counter() - started))
 
@@ -161,6 +164,7 @@ def _plan(
     bits: Mapping[int, KVBits],
     start: AttentionPlan | None = None,
     digest: str | None = None,
+    copying: Sequence[Place] | None = None,
 ) -> AttentionPlan:
     """The plan with these bits, and what others wrote into ``start``; ``digest`` is of the text behind them."""
     settings, seed = _present(recipe), _seed(recipe)
@@ -172,7 +176,30 @@ def _plan(
     writer.packing(packing_of(settings, seed))
     for layer, found in bits.items():
         writer.kv(layer, found)
+    if copying is None:
+        copying = anywhere(_copying_count(facts, settings), facts.config.num_key_value_heads, packed_layers(facts))
+    for layer, head in copying:
+        writer.kv(layer, copying_bits(settings), (head,))
     return writer.finish()
+
+
+def _copying_count(facts: ModelFacts, settings: KV) -> int:
+    """How many KV heads' tokens are all salient."""
+    return how_many(settings.copying_heads, facts.config.num_key_value_heads * len(packed_layers(facts)))
+
+
+def _copying(job: Job, settings: KV) -> list[Place]:
+    """These heads; what is known already is kept."""
+    facts, state = job.view.facts, job.folder.stage("kv")
+    count = _copying_count(facts, settings)
+    if not count:
+        return []
+    if "copying" not in state:
+        view = job.view if job.result is None else stored_view(job.view, job.result)
+        scores = copying_scores(view, job.device, job.report["seed"])
+        state["copying"] = [list(place) for place in best(scores, count, packed_layers(facts))]
+        job.folder.save()
+    return [(layer, head) for layer, head in state["copying"]]
 
 
 def _seed(recipe: Recipe) -> int:

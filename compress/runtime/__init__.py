@@ -6,8 +6,8 @@ file without a dense copy (``packed.py``); on a CPU its decoder answers one new 
 plan's cache (``plan_cache.py``) through the plan's attention function (``attention.py``).
 """
 
+from compress.kv.growing import GrowingCache
 from compress.runtime.answer import generate
-from compress.runtime.cache import GrowingCache
 from compress.runtime.linear import Compute, PackedLinear
 from compress.runtime.loading import Unloaded, find, load
 from compress.runtime.plan_cache import PlanCache

@@ -21,8 +21,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compress.families import Family
+from compress.kv.growing import GrowingCache
 from compress.plan import AttentionPlan
-from compress.runtime.cache import GrowingCache
 from compress.runtime.fusion import SLIDING, Fusion, Step, fusion_of
 from compress.runtime.plan_cache import PlanCache
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from compress.families import Family
+from compress.kv.growing import GrowingCache
 from compress.plan import AttentionPlan
 from compress.runtime.attention import NAME
-from compress.runtime.cache import GrowingCache
 from compress.runtime.decoder import FusedDecoder, caches
 from compress.runtime.plan_cache import PlanCache
 

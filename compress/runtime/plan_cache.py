@@ -2,20 +2,19 @@
 
 from typing import Any
 
-from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from compress.calibrate.errors import InputError
 from compress.kv.bytes import KVBytes
-from compress.kv.layer import Cluster, PlanLayer
+from compress.kv.growing import GrowingLayer
+from compress.kv.layer import Cluster, PlanLayer, plain_bytes
 from compress.kv.packed import PackedFormat, PackedPart
 from compress.kv.part import Part
 from compress.kv.plain import PlainPart, Reach
 from compress.kv.rotation import Rotation
 from compress.plan import FILE, AttentionPlan, Head, Layer
 from compress.plan_compile import MOST_CLUSTERS
-from compress.runtime.cache import GrowingLayer
 
 FULL = "full_attention"
 
@@ -73,13 +72,7 @@ class PlanCache(Cache):
         return sum((self._layer_bytes(layer) for layer in self.layers), KVBytes(0, turn, turn))
 
     def _layer_bytes(self, layer: Any) -> KVBytes:
-        if isinstance(layer, PlanLayer):
-            return layer.nbytes()
-        if not isinstance(layer.keys, Tensor) or layer.keys.numel() == 0:
-            return KVBytes(0, 0, 0)
-        held = layer.keys.nbytes + layer.values.nbytes
-        rooms = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (layer.keys, layer.values)}
-        return KVBytes(held, held, sum(rooms.values()))
+        return layer.nbytes() if isinstance(layer, PlanLayer) else plain_bytes(layer)
 
 
 def _rules(layer: Layer) -> dict[Head, tuple[int, ...]]:

@@ -24,8 +24,8 @@ from compress.bench import Subject, bench, save
 from compress.bench_section import Measured, section
 from compress.bench_side import Facts, OpenSide, Settings
 from compress.events import Message
+from compress.kv.growing import STEP
 from compress.options import BenchOptions
-from compress.runtime.cache import STEP
 
 Tiny = Callable[[str], Path]
 METRICS = [

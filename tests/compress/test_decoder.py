@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from compress.kv.growing import STEP
 from compress.runtime import GrowingCache, load
-from compress.runtime.cache import STEP
 
 Tiny = Callable[[str], Path]
 Models = Callable[[str], PreTrainedModel]

@@ -2,16 +2,16 @@
 
 import copy
 import random
-from typing import Any
 
 import pytest
 import torch
 from compress.evalsuite.efficiency import allocated
-from torch import Tensor
+from torch import Tensor, nn
 
-from compress.kv.layer import Cluster, PlanLayer
+from compress.kv.layer import Cluster, Handle, PlanLayer
 from compress.kv.plain import PlainPart, Reach
 from compress.plan import Stride, Window
+from compress.runtime.attention import plan_attention
 
 WIDTH = 16
 SCALE = WIDTH**-0.5
@@ -54,6 +54,15 @@ class Definition:
         return (scores.softmax(-1) @ self.values.double()).float()
 
 
+def attended(layer: PlanLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
+    """As a model attends: the output, and whether it was the layer that gave it."""
+    module = nn.Identity()
+    module.num_key_value_groups = query.shape[1] // key.shape[1]  # type: ignore[assignment]
+    held = layer.update(key, value)
+    out, _ = plan_attention(module, query, *held, mask, scaling=SCALE)
+    return out.transpose(1, 2), isinstance(held[0], Handle)
+
+
 class Sides:
     """A layer with clusters, and the definition of each of its heads, given the same tokens."""
 
@@ -74,8 +83,7 @@ class Sides:
         query = torch.randn(self.batch, self.heads * self.group, count, WIDTH, generator=self.generator)
         key, value = torch.randn(2, self.batch, self.heads, count, WIDTH, generator=self.generator)
         self.mask = torch.cat([self.mask, new], 1)
-        self.layer.update(key, value)
-        out = self.layer.attend(query, None if bool(self.mask.all()) else self.mask, SCALE)
+        out, handled = attended(self.layer, query, key, value, None if bool(self.mask.all()) else self.mask)
         length = int(self.mask.sum(1).max())
         for row, head in ((row, head) for row in range(self.batch) for head in range(self.heads)):
             own, places = slice(head * self.group, (head + 1) * self.group), new[row]
@@ -83,7 +91,7 @@ class Sides:
                 query[row, own, places], key[row, head, places], value[row, head, places], length
             )
             torch.testing.assert_close(out[row, own, places], expected, atol=1e-5, rtol=1e-4)
-            assert not out[row, own, ~places].any()
+            assert not handled or not out[row, own, ~places].any()
 
 
 def columns(batch: int, count: int, padding: int = 0) -> Tensor:
@@ -122,11 +130,9 @@ def test_a_single_sequence_with_padding_alone_before_it() -> None:
 def test_a_window_keeps_what_it_sees_and_no_more() -> None:
     layer = PlanLayer(0, [Cluster(None, PlainPart(Reach(16, Window(a=64, b=0.0))))])
     states = torch.randn(1, 3, 1000, WIDTH)
-    layer.update(states, states)
-    layer.attend(states, None, SCALE)
+    attended(layer, states, states, states, None)
     for _ in range(100):
-        layer.update(states[:, :, :1], states[:, :, :1])
-        layer.attend(states[:, :, :1], None, SCALE)
+        attended(layer, *(states[:, :, :1],) * 3, None)
     size = layer.nbytes()
     assert size.payload == size.stored == 2 * 3 * 80 * WIDTH * 4
     assert size.allocated == allocated(layer).nbytes
@@ -167,11 +173,21 @@ def test_sequences_can_be_reordered_repeated_selected_and_copied(name: str) -> N
 
 def test_caller_s_tensors_are_not_written_to() -> None:
     layer = PlanLayer(0, [Cluster(None, PlainPart(Reach(0, Window(a=64, b=0.0))))])
-    states: Any = torch.randn(1, 1, 64, WIDTH)
+    states = torch.randn(1, 1, 70, WIDTH)
     sent = states.clone()
-    layer.update(states, states)
-    layer.attend(states, None, SCALE)
+    attended(layer, states, states, states, None)
     for _ in range(3):
-        layer.update(sent[:, :, :1], sent[:, :, :1])
-        layer.attend(sent[:, :, :1], None, SCALE)
+        attended(layer, *(sent[:, :, :1],) * 3, None)
     assert torch.equal(states, sent)
+
+
+def test_the_model_s_own_attention_is_used_until_a_token_is_dropped() -> None:
+    layer = PlanLayer(0, [Cluster((0,), PlainPart(FULL)), Cluster((1,), PlainPart(Reach(6, Window(a=64, b=0.0))))])
+    states = torch.randn(1, 2, 69, WIDTH)
+    assert not attended(layer, states, states, states, None)[1]
+    assert not attended(layer, *(states[:, :, :1],) * 3, None)[1]
+    assert layer.is_croppable
+    assert layer.nbytes().stored == 2 * 2 * 70 * WIDTH * 4
+    assert attended(layer, *(states[:, :, :1],) * 3, None)[1]
+    assert layer.nbytes().stored == 2 * (71 + 70) * WIDTH * 4
+    assert not layer.is_croppable

@@ -13,9 +13,9 @@ from runs import Log, quick
 
 from compress import bench as bench_module
 from compress.events import Message
+from compress.kv.growing import STEP
 from compress.options import BenchOptions, EvalOptions
 from compress.prove import prove
-from compress.runtime.cache import STEP
 
 Tiny = Callable[[str], Path]
 QUICK = BenchOptions(prompt_tokens=8, new_tokens=2, rounds=1, lengths=(6,))
