@@ -4,9 +4,8 @@ The methods write it (``plan_writer.py``, which knows what doesn't go together),
 other. Rules belong to KV heads: a plan for each query head would need the cache of every query head.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,12 +15,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from compress.calibrate.errors import InputError, did_you_mean
+from compress.fingerprint import Fingerprint, fingerprint_of
+from compress.plan_json import numbers, ranges, spread
 
 FILE = "attention_plan.json"
 VERSION = 1
 BLOCK = 64  # tokens that a window is rounded up to
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -189,25 +190,6 @@ class Layer:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Fingerprint:
-    """The model that a plan was made for."""
-
-    config_hash: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope: str
-    sliding: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        return (
-            f"{self.layers} layers, {self.heads} query and {self.kv_heads} KV heads of {self.head_dim}, "
-            f"rope {self.rope}, config {self.config_hash[:12]}"
-        )
-
-
-@dataclass(frozen=True, config=_STRICT)
 class Source:
     """Who wrote, and from what."""
 
@@ -273,10 +255,10 @@ class AttentionPlan:
         found = {key: value for key, value in found.items() if value not in (None, {}, [])}
         numbered = sorted(enumerate(self.layers), key=lambda pair: json.dumps(_layer(pair[1]), sort_keys=True))
         groups = [
-            {"layers": _ranges(index for index, _ in own), **shape}
+            {"layers": ranges(index for index, _ in own), **shape}
             for shape, own in ((_layer(same[0][1]), same) for same in _runs(numbered))
         ]
-        return found | {"layers": sorted(groups, key=lambda group: _numbers(group["layers"])[0])}
+        return found | {"layers": sorted(groups, key=lambda group: numbers(group["layers"])[0])}
 
     def save(self, folder: Path) -> Path:
         """Write ``attention_plan.json``."""
@@ -289,33 +271,28 @@ class AttentionPlan:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            InputError: a newer version, an unknown key, a value out of range.
+            InputError: a newer version, an unknown key, a value out of range, something that its own fingerprint's
+                model doesn't have.
         """
+        if not isinstance(content, Mapping):
+            raise InputError(where, None, "isn't an attention plan: it isn't a JSON object")
         version = content.get("version")
         if version != VERSION:
             problem = f"is an attention plan of version {version!r}"
             raise InputError(where, None, problem, allowed=f"version {VERSION}", fix="update compress")
         try:
-            layers: dict[int, Any] = {}
-            for group in content["layers"]:
-                shape = {key: value for key, value in group.items() if key not in ("layers", "heads")}
-                heads = {
-                    n: {k: v for k, v in h.items() if k != "heads"}
-                    for h in group["heads"]
-                    for n in _numbers(h["heads"])
-                }
-                shape["heads"] = [heads[n] for n in range(len(heads))]
-                layers |= dict.fromkeys(_numbers(group["layers"]), shape)
-            whole = {**content, "layers": [layers[n] for n in range(len(layers))]}
-            return TypeAdapter(cls).validate_python(whole)
+            plan = TypeAdapter(cls).validate_python({**content, "layers": spread(content["layers"])})
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             known = [f.name for kind in (AttentionPlan, Layer, Head, Packing, KVBits, Window) for f in fields(kind)]
             fix = did_you_mean(str(first["loc"][-1]), known) if first["type"] == "unexpected_keyword_argument" else None
             raise InputError(where, None, f"{place}: {first['msg'].lower()}", fix=fix) from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise InputError(where, None, "isn't an attention plan: its layers can't be read") from error
+        if (problem := next(_faults(plan), None)) is not None:
+            raise InputError(where, None, problem, fix="make the plan again")
+        return plan
 
     def lines(self, length: int = 4096) -> list[str]:
         """For a terminal: a letter a head (F full, S stream, E elastic, T topk, D stride), small where it is packed."""
@@ -326,40 +303,8 @@ class AttentionPlan:
             marks = "".join(letters[h.kind].lower() if h.kv else letters[h.kind] for h in layer.heads)
             told = "; ".join(dict.fromkeys(_told(head.kv) for head in layer.heads))
             shared = "" if layer.share is None else f", shares {layer.share.mode} of layer {layer.share.source}"
-            rows.append(f"layers {_ranges(index for index, _ in same):<12} {marks}  {told}{shared}")
+            rows.append(f"layers {ranges(index for index, _ in same):<12} {marks}  {told}{shared}")
         return rows
-
-
-def fingerprint_of(config: Any) -> Fingerprint:
-    """The fingerprint of a model, from its transformers config."""
-    text = config.get_text_config(decoder=True)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rope = getattr(text, "rope_parameters", None) or {}
-    facts = {
-        key: getattr(text, key, None)
-        for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    }
-    facts |= {"head_dim": width, "rope": rope, "layer_types": getattr(text, "layer_types", None)}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
-    kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else "default"
-    return Fingerprint(
-        config_hash=digest,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=width,
-        rope=f"{kind} {theta:g}" if theta else str(kind),
-        sliding=sliding_layers(text),
-    )
-
-
-def sliding_layers(config: Any) -> tuple[int, ...]:
-    """Layers that don't attend to everything, which a plan leaves alone."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
-    kinds, _ = get_layer_types_and_kwargs(config)
-    return tuple(index for index, kind in enumerate(kinds) if kind != "full_attention")
 
 
 def read_plan(folder: Path) -> AttentionPlan | None:
@@ -373,7 +318,7 @@ def read_plan(folder: Path) -> AttentionPlan | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(str(path), None, "isn't JSON") from error
     return AttentionPlan.from_json(content, str(path))
 
@@ -393,7 +338,7 @@ def _told(bits: KVBits | None) -> str:
 def _layer(layer: Layer) -> dict[str, Any]:
     """A layer as JSON types, without its number."""
     heads = [
-        {"heads": _ranges(index for index, _ in same), **_short(same[0][1])}
+        {"heads": ranges(index for index, _ in same), **_short(same[0][1])}
         for same in _runs(list(enumerate(layer.heads)))
     ]
     return {"heads": heads} | {k: _plain(v) for k, v in (("perm", layer.perm), ("share", layer.share)) if v is not None}
@@ -412,18 +357,26 @@ def _plain(value: Any) -> Any:
     return TypeAdapter(type(value)).dump_python(value, mode="json") if value is not None else None
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """``0-3,7``."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
-
-
-def _numbers(ranges: str) -> list[int]:
-    """The inverse of `_ranges`."""
-    ends = [[int(n) for n in part.split("-")] for part in ranges.split(",")]
-    return [n for pair in ends for n in range(pair[0], pair[-1] + 1)]
+def _faults(plan: AttentionPlan) -> Iterator[str]:
+    """What doesn't fit the plan's own fingerprint, or itself."""
+    mark = plan.fingerprint
+    if len(plan.layers) != mark.layers:
+        yield f"has {len(plan.layers)} layers, and its fingerprint {mark.layers}"
+    if any(not 0 <= layer < mark.layers for layer in mark.sliding):
+        yield f"fingerprint.sliding names layers {list(mark.sliding)} of {mark.layers}"
+    for index, layer in enumerate(plan.layers):
+        if len(layer.heads) != mark.kv_heads:
+            yield f"layer {index} has {len(layer.heads)} heads, and its fingerprint {mark.kv_heads} KV heads"
+        if layer.perm is not None and sorted(layer.perm) != list(range(mark.kv_heads)):
+            yield f"layer {index}: perm {list(layer.perm)} isn't an order of {mark.kv_heads} KV heads"
+        if plan.packing is None and any(head.kv for head in layer.heads):
+            yield f"layer {index}: KV bits are given, and packing isn't"
+        if layer.share is not None:
+            if layer.share.source >= index:
+                yield f"layer {index}: share.source {layer.share.source} isn't an earlier layer"
+            heads = layer.share.head_map
+            if heads is not None and (len(heads) != mark.heads or any(not 0 <= n < mark.heads for n in heads)):
+                yield f"layer {index}: share.head_map isn't a query head, 0 to {mark.heads - 1}, for each of them"
+    for name, rows in plan.scores.items():
+        if len(rows) != mark.layers or any(len(row) != mark.kv_heads for row in rows):
+            yield f"scores.{name} aren't a number for each of {mark.layers} layers and {mark.kv_heads} KV heads"

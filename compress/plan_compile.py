@@ -9,7 +9,7 @@ from torch import Tensor
 from compress.calibrate.errors import InputError
 from compress.kv.bytes import KVBytes
 from compress.kv.window import STEP
-from compress.plan import FILE, AttentionPlan, Head, KVBits, Layer, Packing
+from compress.plan import BLOCK, FILE, AttentionPlan, Head, KVBits, Layer, Packing
 
 MOST_CLUSTERS = 3  # rules a layer: each is one more call for every token
 KernelClass = Literal["dense", "packed", "window", "mixed", "sparse", "shared"]
@@ -146,7 +146,10 @@ def _compile(plan: AttentionPlan, index: int, spans: list[int], length: int, nat
         raise InputError(FILE, None, problem, allowed=f"at most {MOST_CLUSTERS} a layer")
     ordered = sorted(rules.items(), key=lambda rule: -rule[0][0])
     clusters = tuple(Cluster(tuple(heads), layer.heads[heads[0]]) for _, heads in ordered)
-    capacity = [span + sink for span, sink in zip(spans, sinks, strict=True)]
+    capacity = [
+        span + sink + _strided(head, sink, length - span)
+        for head, span, sink in zip(layer.heads, spans, sinks, strict=True)
+    ]
     sizes = [_cluster_bytes(plan, cluster, capacity[cluster.heads[0]], length) for cluster in clusters]
     return CompiledLayer(
         clusters,
@@ -156,6 +159,14 @@ def _compile(plan: AttentionPlan, index: int, spans: list[int], length: int, nat
         kernel=_kernel(layer, sliding),
         nbytes=sum(sizes, KVBytes(0, 0, 0)),
     )
+
+
+def _strided(head: Head, first: int, end: int) -> int:
+    """Tokens between sinks and window that a stride keeps, from ``first`` up to ``end``."""
+    if head.stride is None:
+        return 0
+    places = torch.arange(first, max(first, end))
+    return int(((places // BLOCK - head.stride.phase) % head.stride.every == 0).sum())
 
 
 def _cluster_bytes(plan: AttentionPlan, cluster: Cluster, capacity: int, length: int) -> KVBytes:

@@ -23,7 +23,6 @@ from compress.plan import (
 )
 
 OWNERS = 2  # first layers, which never take anything from another
-SHORT = 1024  # tokens; a head that sees no more is small enough at 16 bits
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,13 @@ class Rule:
     sink: int
     window: Window
     stride: Stride | None = None
+
+
+def cluster_order(layer: Layer) -> tuple[int, ...]:
+    """The KV heads of a layer with those side by side that are told the same, the ones that keep everything first."""
+    alike = list(dict.fromkeys(layer.heads))
+    first = sorted(alike, key=lambda head: not head.window.full or head.stride is not None)
+    return tuple(number for rule in first for number, head in enumerate(layer.heads) if head == rule)
 
 
 class PlanWriter:
@@ -59,18 +65,14 @@ class PlanWriter:
         self._plan = replace(self._plan, packing=packing)
 
     def kv(self, layer: int, bits: KVBits, heads: tuple[int, ...] | None = None) -> None:
-        """Pack the cache of some KV heads of a layer, by default all; heads with a short span stay at 16 bits.
+        """Pack the cache of some KV heads of a layer, by default all; `finish` takes back those that drop tokens.
 
         Raises:
             InputError: another method has written KV bits; a head that the layer doesn't have; a sliding layer.
         """
         self._own("kv")
-        chosen = self._heads(layer, heads)
-        held = self._plan.layers[layer].heads
-        short = [head for head in chosen if held[head].window.span(self.length) <= min(SHORT, self.length - 1)]
-        if short:
-            self.notes.append(f"layer {layer}: KV heads {short} see at most {SHORT} tokens and stay at 16 bits")
-        self._change(layer, {head: replace(held[head], kv=bits) for head in chosen if head not in short})
+        held = self._plan.layers[self._layer(layer)].heads
+        self._change(layer, {head: replace(held[head], kv=bits) for head in self._heads(layer, heads)})
 
     def see(self, layer: int, head: int, rule: Rule) -> None:
         """Narrow what a KV head sees.
@@ -111,29 +113,32 @@ class PlanWriter:
             InputError: a later or the same layer, a chain, one of the first layers, a map of other heads.
         """
         self._own("share")
-        place = f"layer {layer}"
+        place = f"layer {self._layer(layer)}"
         if layer < OWNERS:
             raise self._error(f"{place} shares with another", allowed=f"layers from {OWNERS}")
-        if share.source >= layer:
+        if not 0 <= share.source < layer:
             raise self._error(f"{place} shares with layer {share.source}, which isn't before it")
         if self._plan.layers[share.source].share is not None:
             raise self._error(f"{place} shares with layer {share.source}, which shares itself: a chain")
         if any(other.share is not None and other.share.source == layer for other in self._plan.layers):
             raise self._error(f"{place} shares, and another layer takes from it: a chain")
-        if share.head_map is not None and len(share.head_map) != self._plan.fingerprint.heads:
-            raise self._error(
-                f"{place} maps {len(share.head_map)} heads", allowed=f"{self._plan.fingerprint.heads} query heads"
-            )
+        queries = self._plan.fingerprint.heads
+        if share.head_map is not None and len(share.head_map) != queries:
+            raise self._error(f"{place} maps {len(share.head_map)} heads", allowed=f"{queries} query heads")
+        if share.head_map is not None and any(not 0 <= head < queries for head in share.head_map):
+            raise self._error(f"{place} maps heads to {sorted(set(share.head_map))}", allowed=f"0 to {queries - 1}")
         layers = list(self._plan.layers)
         layers[layer] = replace(layers[layer], share=share)
         self._plan = replace(self._plan, layers=tuple(layers))
 
     def permute(self, layer: int, order: tuple[int, ...]) -> None:
-        """The order in which a layer's KV heads are loaded.
+        """The order in which a layer's KV heads are loaded (see :func:`cluster_order`).
 
         Raises:
-            InputError: not an order of the KV heads.
+            InputError: another method has written it; no such layer; not an order of the KV heads.
         """
+        self._own("order")
+        self._layer(layer)
         if sorted(order) != list(range(self._plan.fingerprint.kv_heads)):
             raise self._error(f"layer {layer} is permuted by {list(order)}", allowed="an order of its KV heads")
         layers = list(self._plan.layers)
@@ -141,16 +146,24 @@ class PlanWriter:
         self._plan = replace(self._plan, layers=tuple(layers))
 
     def score(self, scores: list[list[float]], profiled: int | None = None) -> None:
-        """Keep the method's raw scores, [layers][KV heads], and the length of the longest text it looked at."""
+        """Keep the method's raw scores, [layers][KV heads], and the length of the longest text it looked at.
+
+        Raises:
+            InputError: not a number for every KV head.
+        """
+        mark = self._plan.fingerprint
+        if len(scores) != mark.layers or any(len(row) != mark.kv_heads for row in scores):
+            raise self._error("gives scores of another shape", allowed=f"{mark.layers} layers x {mark.kv_heads} heads")
         longest = max(profiled or 0, self._plan.max_len_profiled or 0) or None
         self._plan = replace(self._plan, scores={**self._plan.scores, self.method: scores}, max_len_profiled=longest)
 
     def finish(self) -> AttentionPlan:
-        """The plan with what was written.
+        """The plan with what was written; KV heads that drop tokens don't grow with the text, and stay at 16 bits.
 
         Raises:
             InputError: parts that don't go together; both writers are named.
         """
+        self._unpack_dropping()
         for index, layer in enumerate(self._plan.layers):
             for number, head in enumerate(layer.heads):
                 self._check_head(f"layer {index}, KV head {number}", head)
@@ -160,9 +173,27 @@ class PlanWriter:
             raise self._error("KV bits are given, and nobody says how tokens are packed")
         return self._plan
 
+    def _unpack_dropping(self) -> None:
+        """Whichever came first, the bits or the window."""
+        count = 0
+        for index, layer in enumerate(self._plan.layers):
+            change = {
+                number: replace(head, kv=None)
+                for number, head in enumerate(layer.heads)
+                if head.kv is not None and (not head.window.full or head.stride is not None)
+            }
+            count += len(change)
+            self._change(index, change)
+        if count:
+            self.notes.append(f"{count} KV heads that see a window only don't grow with the text and stay at 16 bits")
+
     def _check_head(self, place: str, head: Head) -> None:
         if head.topk is not None and not head.window.full:
             raise self._conflict(f"{place}: far tokens are searched for, and the window drops them", "topk", "window")
+        if head.calibration is not None and head.topk is not None and head.topk.policy == "h2o":
+            raise self._conflict(
+                f"{place}: attention is re-weighted, and h2o drops by the same column sums", "calibration", "topk"
+            )
         if head.calibration is not None and head.kv is not None and head.kv.scored:
             raise self._conflict(
                 f"{place}: attention is re-weighted, and saliency reads the same column sums", "calibration", "kv"
@@ -204,15 +235,21 @@ class PlanWriter:
             )
         self._plan = replace(self._plan, writers={**self._plan.writers, part: self.method})
 
+    def _layer(self, layer: int) -> int:
+        """A layer's number, if it is there."""
+        count = self._plan.fingerprint.layers
+        if not 0 <= layer < count:
+            raise self._error(f"layer {layer} isn't there", allowed=f"0 to {count - 1}")
+        return layer
+
     def _heads(self, layer: int, heads: tuple[int, ...] | None) -> tuple[int, ...]:
         mark = self._plan.fingerprint
-        if not 0 <= layer < mark.layers:
-            raise self._error(f"layer {layer} isn't there", allowed=f"0 to {mark.layers - 1}")
-        if layer in mark.sliding:
+        if self._layer(layer) in mark.sliding:
             raise self._error(f"layer {layer} has a sliding window of its own", allowed="layers of full attention")
         chosen = tuple(range(mark.kv_heads)) if heads is None else heads
         if any(not 0 <= head < mark.kv_heads for head in chosen):
-            problem = f"layer {layer}: rules belong to KV heads, not to query heads, and head {max(chosen)} isn't one"
+            odd = next(head for head in chosen if not 0 <= head < mark.kv_heads)
+            problem = f"layer {layer}: rules belong to KV heads, not to query heads, and head {odd} isn't one"
             raise self._error(problem, allowed=f"0 to {mark.kv_heads - 1}")
         return chosen
 

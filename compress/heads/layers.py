@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.plan import sliding_layers
+from compress.fingerprint import sliding_layers
 from compress.tap import NAME, Tap
 
 
@@ -66,6 +66,11 @@ class Layers:
         """The last norm, float32."""
         normed: Tensor = self._decoder.norm(hidden)
         return normed.float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the residual stream behind the last layer, ``[..., hidden]`` to ``[..., vocabulary]``."""
+        found: Tensor = self._model.get_output_embeddings()(self._decoder.norm(hidden))
+        return found
 
     def _mask(self, index: int, hidden: Tensor) -> Tensor | None:
         """As :meth:`compress.model.ModelView.attention_mask`."""

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from compress.evalsuite.head import evaluating
+from compress.fingerprint import fingerprint_of
 from compress.heads.layers import Layers
-from compress.plan import fingerprint_of
 from compress.tap import Seen
 
 POSITIONS = 500

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.calibrate.errors import InputError, did_you_mean
+from compress.fingerprint import Fingerprint, fingerprint_of
 from compress.heads.data import digest
 from compress.heads.scores import ScoreSettings, score
-from compress.plan import Fingerprint, fingerprint_of
 
 FILE = "head_profile.json"
 VERSION = 1

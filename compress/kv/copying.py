@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from compress.fingerprint import sliding_layers
 from compress.heads.copies import Copies
 from compress.heads.rows import by_kv_head
 from compress.model import ModelView
-from compress.plan import sliding_layers
 from compress.tap import NAME, Seen
 
 LENGTH = 1024  # tokens of all copies together

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
 from compress.evalsuite.efficiency import allocated
+from compress.fingerprint import kv_shape
 from compress.kv.bytes import KVBytes
 from compress.kv.layer import PlanLayer
 from compress.kv.packed import PackedPart
@@ -38,9 +39,7 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Shape":
         """From a model's config."""
-        decoder = config.get_text_config(decoder=True)
-        heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
-        return cls(heads, getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads)
+        return cls(*kv_shape(config))
 
     def states(self, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random keys and values [1, KV heads, tokens, head_dim] float16."""

@@ -10,10 +10,11 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from compress.calibrate.errors import InputError, did_you_mean
+from compress.fingerprint import kv_shape, sliding_layers
 from compress.kv.copying import Place, anywhere, how_many
 from compress.kv.kivi import GROUP, KiviCache, KiviFormat
 from compress.kv.settings import bits_of, copying_bits, packing_of
-from compress.plan import AttentionPlan, Source, fingerprint_of, sliding_layers
+from compress.plan import AttentionPlan, Source
 from compress.plan_writer import PlanWriter
 from compress.recipe import Recipe
 from compress.runtime.plan_cache import PlanCache
@@ -70,7 +71,7 @@ def plan_of(
     for layer, held in bits_of(settings, packed).items():
         writer.kv(layer, held)
     if copying is None:
-        heads = fingerprint_of(config).kv_heads
+        heads, _ = kv_shape(config)
         copying = anywhere(how_many(settings.copying_heads, heads * len(packed)), heads, packed)
     for layer, head in copying:
         writer.kv(layer, copying_bits(settings), (head,))

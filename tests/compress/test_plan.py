@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from compress.calibrate.errors import InputError
-from transformers import LlamaConfig, Qwen2Config
+from pydantic import ValidationError
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
+from compress.fingerprint import fingerprint_of
 from compress.kv.layer import Cluster, PlanLayer
 from compress.kv.packed import PackedFormat, PackedPart
 from compress.plan import (
@@ -24,11 +27,11 @@ from compress.plan import (
     Stride,
     TopK,
     Window,
-    fingerprint_of,
     read_plan,
 )
 from compress.plan_compile import compile_plan, packed_bytes, predict_bytes
-from compress.plan_writer import PlanWriter, Rule
+from compress.plan_writer import PlanWriter, Rule, cluster_order
+from compress.runtime.plan_cache import PlanCache
 
 STREAM = Rule(16, Window(a=256, b=0.0))
 
@@ -182,15 +185,113 @@ def test_rules_are_for_kv_heads_of_layers_that_attend_to_everything() -> None:
         writer(plan=AttentionPlan.empty(sliding)).kv(2, KVBits())
 
 
-def test_short_heads_stay_at_16_bits_and_it_is_said() -> None:
-    duo = writer("duo")
-    duo.see(3, 1, STREAM)
-    zipcache = writer("zipcache", duo.finish())
-    zipcache.packing(Packing())
-    zipcache.kv(3, KVBits())
-    plan = zipcache.finish()
-    assert [head.kv is None for head in plan.layers[3].heads] == [False, True, False]
-    assert zipcache.notes == ["layer 3: KV heads [1] see at most 1024 tokens and stay at 16 bits"]
+@pytest.mark.parametrize("first", ["duo", "zipcache"])
+def test_heads_that_drop_tokens_stay_at_16_bits_whichever_came_first(first: str) -> None:
+    plan, notes = AttentionPlan.empty(config()), []
+    for method in (first, "zipcache" if first == "duo" else "duo"):
+        own = writer(method, plan)
+        if method == "duo":
+            own.see(3, 1, STREAM)
+            own.see(3, 2, Rule(16, Window(a=0, b=0.5)))
+        else:
+            own.packing(Packing())
+            own.kv(3, KVBits())
+        plan = own.finish()
+        notes += own.notes
+    assert [head.kv is None for head in plan.layers[3].heads] == [False, True, True]
+    assert notes == ["2 KV heads that see a window only don't grow with the text and stay at 16 bits"]
+
+
+HEADS = [{"heads": "0-1"}]
+FILE_OF: dict[str, Any] = {
+    "version": 1,
+    "fingerprint": {"config_hash": "0", "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 16, "rope": "default"},
+    "packing": {},
+    "layers": [{"layers": "0-2", "heads": [{"heads": "0-1"}]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layers": [{"layers": "0-1", "heads": [{"heads": "0-1"}]}]}, "has 2 layers, and its fingerprint 3"),
+        ({"layers": [{"layers": "0-2", "heads": [{"heads": "0-2"}]}]}, "layer 0 has 3 heads"),
+        ({"layers": [{"layers": "0-2", "perm": [0, 0], "heads": [{"heads": "0-1"}]}]}, "isn't an order"),
+        ({"layers": [{"layers": "0-2", "share": {"mode": "kv", "source": 2}, "heads": [{"heads": "0-1"}]}]}, "earlier"),
+        (
+            {
+                "layers": [
+                    {"layers": "0-1", "heads": HEADS},
+                    {"layers": "2", "share": {"mode": "kv", "source": 0, "head_map": [9] * 4}, "heads": HEADS},
+                ]
+            },
+            "head_map",
+        ),
+        ({"packing": None, "layers": [{"layers": "0-2", "heads": [{"heads": "0-1", "kv": {}}]}]}, "packing isn't"),
+        ({"layers": [{"layers": "0-999999999999", "heads": [{"heads": "0-1"}]}]}, "can't be read"),
+        ({"layers": [{"layers": "-3", "heads": [{"heads": "0-1"}]}]}, "can't be read"),
+        ({"layers": [{"layers": "0-2", "heads": [{"heads": "0,5"}]}]}, "can't be read"),
+        ({"layers": ["0-2"]}, "can't be read"),
+        ({"layers": None}, "can't be read"),
+        ({"layers": [[]]}, "can't be read"),
+        ({"fingerprint": None}, "fingerprint"),
+        ({"fingerprint": []}, "fingerprint"),
+        ({"scores": {"echo": [[1.0, 2.0]]}}, "scores.echo"),
+        ({"scores": {"echo": [[float("nan"), 2.0]] * 3}}, "finite"),
+        ({"fingerprint": FILE_OF["fingerprint"] | {"sliding": [7]}}, "sliding"),
+        ({"fingerprint": FILE_OF["fingerprint"] | {"layers": 0}}, "greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_a_file_is_checked_against_its_own_fingerprint(change: dict[str, Any], told: str) -> None:
+    assert AttentionPlan.from_json(FILE_OF).fingerprint.layers == 3
+    with pytest.raises(InputError, match=told):
+        AttentionPlan.from_json(FILE_OF | change)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"plan"', "3", "[" * 100_000])
+def test_json_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(InputError, match=r"attention_plan.json"):
+        read_plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda own: own.share(6, Share("kv", 0)),
+        lambda own: own.share(3, Share("kv", -1)),
+        lambda own: own.share(3, Share("kv", 2, head_map=(0, 1, 2, 3, 4, 6))),
+        lambda own: own.permute(6, (0, 1, 2)),
+        lambda own: own.permute(-1, (0, 1, 2)),
+        lambda own: own.kv(9, KVBits()),
+        lambda own: own.see(2, -1, STREAM),
+        lambda own: own.score([[1.0]]),
+    ],
+)
+def test_layers_and_heads_that_are_not_there_are_refused(write: Any) -> None:
+    with pytest.raises((InputError, ValidationError)):
+        write(writer())
+
+
+def test_an_order_of_heads_belongs_to_its_writer() -> None:
+    first = writer("duo")
+    first.permute(2, (1, 0, 2))
+    with pytest.raises(InputError, match=r"'order'.*which duo has written"):
+        writer("moa", first.finish()).permute(3, (1, 0, 2))
+
+
+def test_heads_told_the_same_lie_side_by_side() -> None:
+    own = writer("duo")
+    own.see(3, 0, STREAM)
+    own.see(3, 2, STREAM)
+    layer = own.finish().layers[3]
+    assert cluster_order(layer) == (1, 0, 2)
+    assert cluster_order(AttentionPlan.empty(config()).layers[0]) == (0, 1, 2)
+
+
+def test_a_config_without_grouped_queries_has_a_fingerprint() -> None:
+    mark = fingerprint_of(GPT2Config(n_layer=2, n_head=4, n_embd=32))
+    assert (mark.layers, mark.heads, mark.kv_heads, mark.head_dim) == (2, 4, 4, 8)
 
 
 def test_bits_need_a_packing() -> None:
@@ -254,6 +355,33 @@ def test_zipcache_plus_is_as_small_as_promised(layers: int, heads: int, width: i
     assert dense / predict_bytes(own.finish(), model, length).allocated >= ratio
 
 
+@pytest.mark.parametrize("length", [1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("seed", range(4))
+def test_predicted_bytes_of_windows_are_those_of_the_cache(length: int, seed: int) -> None:
+    """Sinks and rings, elastic spans, strided blocks, heads that keep everything, in any mixture."""
+    draw = Random(seed)
+    rules = [
+        Rule(0, Window()), STREAM, Rule(4, Window(a=64, b=0.0)), Rule(64, Window(a=-500, b=0.5, min=64)),
+        Rule(16, Window(a=0, b=0.25)), Rule(32, Window(a=128, b=0.0), Stride(every=8, phase=3)),
+        Rule(0, Window(a=64, b=0.25), Stride(every=3)),
+    ]  # fmt: skip
+    given = config(head_dim=64)
+    own = writer("moa", AttentionPlan.empty(given))
+    for layer in range(6):
+        for head in range(3):
+            own.see(layer, head, draw.choice(rules))
+    plan = own.finish()
+    cache = PlanCache(given, plan)
+    states = torch.zeros(1, 3, length, 64, dtype=torch.float16)
+    for layer in cache.layers:
+        layer.update(states, states)
+        if isinstance(layer, PlanLayer):
+            layer.keep()
+    found, predicted = cache.nbytes(), predict_bytes(plan, given, length)
+    assert predicted.stored == found.stored
+    assert predicted.allocated == pytest.approx(found.allocated, rel=0.01)
+
+
 def test_an_empty_plan_predicts_the_dense_cache() -> None:
     assert predict_bytes(AttentionPlan.empty(config()), config(), 100).allocated == 6 * 3 * 16 * 4 * 100
 
@@ -263,7 +391,7 @@ def test_lines_show_every_head() -> None:
     duo.see(3, 1, STREAM)
     lines = duo.finish().lines()
     assert lines[0] == "layers 0            fff  K4V4"
-    assert "fsf" in lines[2]
+    assert "fSf" in lines[2]
 
 
 def test_alike_classes_are_one() -> None:

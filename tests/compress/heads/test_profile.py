@@ -13,10 +13,10 @@ from compress.cli.main import main
 from models import build_model, build_tokenizer
 from runs import refused
 
+from compress.fingerprint import fingerprint_of
 from compress.heads.profile import FILE, HeadProfile, profile, read_profile
 from compress.heads.profile_page import profile_page
 from compress.heads.scores import ScoreSettings
-from compress.plan import fingerprint_of
 
 LLAMA = build_model("llama")
 VALUES = torch.tensor([[0.0, 0.25], [1.0, 0.5], [0.99, 0.125]])
