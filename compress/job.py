@@ -33,6 +33,7 @@ class Job:
         result: what the export needs to know, filled by the stage that changes weights; None while they are the model's
             own.
         plan: what attention does at run time, written by the stages; None if nothing is asked of it.
+        files: further files that belong in the artifact, under their own names.
     """
 
     view: ModelView
@@ -44,6 +45,7 @@ class Job:
     report: dict[str, Any] = field(default_factory=dict)
     result: "Result | None" = None
     plan: AttentionPlan | None = None
+    files: list[Path] = field(default_factory=list)
 
 
 @dataclass

@@ -340,7 +340,7 @@ def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
     """What decides the weights, as far as it is known before the calibration text is read."""
     return {
         "model": view.checkpoint.fingerprint(),
-        "recipe": planned.recipe.model_dump(mode="json", include={"calibration", "weights", "kv", "export"}),
+        "recipe": planned.recipe.model_dump(mode="json", include={"calibration", "weights", "heads", "kv", "export"}),
         "versions": {name: version(name) for name in ("compress", "torch", "transformers")},
         "device": planned.device.type,
     }
@@ -359,11 +359,14 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
         lines.append(
             f"error    {errors[len(errors) // 2]:.4f} median, {errors[-1]:.4f} worst relative output error of a module"
         )
+    if heads := report.get("heads"):
+        lines.append(f"heads    {heads['summary']}")
     if kv := report.get("kv"):
         lines.append(f"cache    {kv['summary']}")
     if weights.get("degraded"):
         lines.append(f"degraded {len(weights['degraded'])} modules were rounded to nearest: see report.json")
-    for row in (report.get("eval") or {}).get("rows", [])[:4]:
+    room = min(4, 12 - len(lines) - 4)  # four more lines follow
+    for row in (report.get("eval") or {}).get("rows", [])[:room]:
         lines.append(f"score    {row['task']} {row['metric']}: {_figure(row['before'])} -> {_figure(row['after'])}")
     lines.append(
         f"check    reloaded by transformers, logits within {report['reload_check']['relative_difference']:.1e}"

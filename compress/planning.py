@@ -19,6 +19,7 @@ from compress.calibrate.source import Request, check_source
 from compress.device import pick_device
 from compress.eval_inputs import check_eval
 from compress.evalsuite.sliding import context_of
+from compress.heads.stage import HeadsStage
 from compress.job import Estimate, Stage
 from compress.kv.stage import KVStage
 from compress.model import ModelFacts, open_config
@@ -27,7 +28,7 @@ from compress.recipe import Recipe
 from compress.weights.stage import WeightsStage
 from compress.work import partial_folder
 
-STAGES: tuple[Stage, ...] = (WeightsStage(), KVStage())
+STAGES: tuple[Stage, ...] = (WeightsStage(), HeadsStage(), KVStage())
 LIBRARIES_BYTES = 550 << 20  # what Python, torch and transformers occupy before a model is opened
 EFFICIENCY = 0.5  # of the speed of a large matrix product that a whole run reaches; measured, docs/log.md
 
@@ -191,6 +192,7 @@ def default_out(facts: ModelFacts, recipe: Recipe) -> Path:
         size = recipe.weights.group_size
         parts.append(f"W{recipe.weights.bits}A16")
         parts += [f"G{size}"] if isinstance(size, int) and size > 0 else []
+        parts += [] if recipe.heads is None else [recipe.heads.method]
         parts += [] if recipe.kv is None else [recipe.kv.method]
     return Path("-".join(parts))
 

@@ -41,7 +41,7 @@ def write_artifact(job: Job, result: Result) -> dict[str, Any]:
     (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
     if job.plan is not None:
         job.plan.save(folder)
-    for path in legal_files(job.view):
+    for path in (*job.files, *legal_files(job.view)):
         shutil.copyfile(path, folder / path.name)
     first = job.recipe.export.formats[0]
     files = sorted(path for path in folder.rglob("*") if path.is_file())

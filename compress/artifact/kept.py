@@ -12,7 +12,8 @@ from torch import Tensor
 from compress.artifact.packed_checkpoint import PackedCheckpoint, stored_view
 from compress.calibrate.errors import InputError
 from compress.job import PROBE_TOKENS, Job, Result
-from compress.model import ModelView, run_layer
+from compress.model import ModelFacts, ModelView, run_layer
+from compress.recipe import Recipe
 from compress.weights.choices import storage_dtype
 from compress.weights.tuning import rms_norm
 
@@ -33,6 +34,13 @@ def keep(job: Job) -> Result:
     result = Result(parts, schemes, False, dtype, probe, torch.empty(0), view.path if carried else None)
     result.logits = answer(stored_view(view, result), probe)
     return result
+
+
+def kept_bytes(facts: ModelFacts, recipe: Recipe) -> int:
+    """Of the weights that stay as they are; 0 where the stage ``weights`` makes them."""
+    if recipe.weights is not None:
+        return 0
+    return facts.checkpoint_bytes if facts.packed else facts.num_params * storage_dtype(facts, recipe).itemsize
 
 
 @torch.no_grad()

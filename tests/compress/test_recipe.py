@@ -44,9 +44,10 @@ def test_every_key_of_a_shipped_recipe_carries_the_comment_of_the_schema(name):
 @pytest.mark.parametrize(
     ("name", "absent"),
     [
-        ("gptq", {"kv"}),
-        ("rsq", {"kv"}),
-        *((name, {"calibration", "weights"}) for name in ("zipcache", "zipcache-plus")),
+        ("gptq", {"heads", "kv"}),
+        ("rsq", {"heads", "kv"}),
+        ("heads", {"calibration", "weights", "kv"}),
+        *((name, {"calibration", "weights", "heads"}) for name in ("zipcache", "zipcache-plus")),
     ],
 )
 def test_full_recipes_write_every_key(name, absent):
@@ -83,6 +84,21 @@ def test_the_defaults_of_the_section_kv_are_zipcache_plus():
     assert Recipe.load("zipcache-plus").weights is None
 
 
+def test_the_defaults_of_the_section_heads_are_the_recipe_heads():
+    assert Recipe.load("heads").heads == Recipe.load({"heads": {}}).heads
+    assert Recipe.load("heads").weights is None
+
+
+def test_duo_and_moa_differ_from_heads_in_their_method():
+    heads = Recipe.load("heads")
+    for name in ("duo", "moa"):
+        found = Recipe.load(name)
+        assert found.heads.method == name
+        assert (found.heads.retention, found.heads.sink, found.heads.recent) == (0.5, 64, 256)
+        assert found.eval == heads.eval
+    assert Recipe.load("duo").heads.prompts == "passkey"
+
+
 def test_zipcache_has_the_settings_of_the_paper():
     kv = Recipe.load("zipcache").kv
     assert (kv.ratio, kv.high_bits, kv.low_bits, kv.boundary_bits) == (0.6, (4, 4), (2, 2), None)
@@ -94,7 +110,7 @@ def test_zipcache_has_the_settings_of_the_paper():
 # Loading, inheriting, writing back
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("zipcache")])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if Recipe.load(name).weights])
 def test_to_yaml_reads_back_as_an_equal_recipe(name, tmp_path):
     recipe = Recipe.load(
         name, ["weights.damp=1e-5", r"weights.overrides={'\.down_proj$': 8}", "description='no: a # b'", "eval.text=no"]
@@ -124,7 +140,7 @@ def test_to_yaml_leaves_out_an_absent_section():
 
 
 def test_to_yaml_explains_every_key():
-    text = Recipe.load("rsq", ["kv=zipcache"]).to_yaml()
+    text = Recipe.load("rsq", ["heads=heads", "kv=zipcache"]).to_yaml()
     words = " ".join(line.strip(" #") for line in text.splitlines())
     assert all(comment(section, key) in words for section, model in SECTIONS.items() for key in model.model_fields)
 

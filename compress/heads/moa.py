@@ -1,0 +1,236 @@
+"""MoA (arXiv 2406.14909): a window ``a + b N`` of its own for every KV head, N being the length of the text.
+
+Rules are those of the paper's grid that differ, full attention, and the window of a streaming head. What each costs is
+measured at several lengths (``influence``), a programme picks one for every KV head (``solve``), and of its few
+candidates the one is taken whose answers have the least loss on prompts that are longer than any that was profiled.
+Published plans are for query heads, which with grouped queries needs a larger cache than full attention: ours are not.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from compress.evalsuite.head import evaluating
+from compress.evalsuite.sliding import context_of
+from compress.events import Message
+from compress.heads.data import Item
+from compress.heads.influence import answer_loss, influence
+from compress.heads.layers import Layers
+from compress.heads.methods import Found, full_layers, rule_of, writer_of
+from compress.heads.profiling import Profiler, Subject, prompts
+from compress.heads.select import dense_bytes, streaming_plan
+from compress.heads.solve import Choice, Floats, Problem, candidates, solve
+from compress.kernels.flash_prefill import flash_prefill
+from compress.model import ModelFacts
+from compress.plan import BLOCK, AttentionPlan, Window
+from compress.plan_compile import predict_bytes
+from compress.plan_writer import Rule
+from compress.schema import Heads
+from compress.tap import Seen, Tap
+
+ALPHAS, BETAS = 6, 9  # of the paper's grid
+FULL, STREAM = 0, 1  # numbers of these rules
+BEYOND = 1.5  # length of the prompts that candidates are compared on, in units of the longest that was profiled
+COMPARED = 2  # of these prompts, of each kind
+
+
+def spans(profiler: Profiler, facts: ModelFacts, start: AttentionPlan | None) -> Found:
+    """See the module's text.
+
+    Args:
+        profiler: of the model; keeps what is measured.
+        facts: of the model.
+        start: what others have planned.
+
+    Raises:
+        InputError: a budget that no rules keep to; the nearest is told.
+    """
+    settings = profiler.subject.settings
+    rules = rules_of(settings)
+    check(settings, facts.config)
+    costs = _costs(profiler, facts, rules)
+    layers = list(full_layers(facts))
+    problem = _problem(settings, facts.config, costs[:, layers].double().numpy())
+    problem = replace(problem, allowed=_allowed(profiler, problem, layers))
+    found = candidates(problem, [f"{length:,} tokens" for length in sorted(settings.lengths)])
+    comparison = Comparison(profiler, rules, layers)
+    losses = [comparison.loss(choice) for choice in found]
+    best = min(range(len(found)), key=losses.__getitem__)
+    writer = writer_of(profiler, facts, start)
+    for layer, own in zip(layers, found[best].rules, strict=True):
+        for head, rule in enumerate(own):
+            if rule != FULL:
+                writer.see(layer, head, rules[rule])
+    writer.score(costs[..., STREAM].mean(0).tolist(), max(settings.lengths))
+    budget = {"metric": "kv_bytes", "retention": settings.retention, "tokens": settings.budget_tokens}
+    own_facts = {
+        "rules": len(rules),
+        "chosen": found[best].name,
+        "compared_at": comparison.length,
+        "dense_loss": comparison.loss(None),
+        "candidates": [
+            {"name": choice.name, "loss": loss, "costs": list(choice.costs), "densities": list(choice.densities)}
+            for choice, loss in zip(found, losses, strict=True)
+        ],
+        "constrained": list(_constrained(settings)),
+    }
+    return Found(replace(writer.finish(), budget=budget), facts=own_facts)
+
+
+def check(settings: Heads, config: PreTrainedConfig) -> None:
+    """Whether some choice of rules keeps to the budget, whatever they cost.
+
+    Raises:
+        InputError: none does; the nearest budget that one keeps to is told.
+    """
+    layers = len(_full(config))
+    shape = (1, layers, config.num_key_value_heads, len(rules_of(settings)))
+    solve(_problem(settings, config, np.zeros(shape)), np.ones(1))
+
+
+def rules_of(settings: Heads) -> tuple[Rule, ...]:
+    """The rules of a recipe's section: full attention, a streaming head's, and those of the grid."""
+    grid = rule_set(settings.lengths, settings.sink, _constrained(settings))
+    first = (Rule(settings.sink, Window()), rule_of(settings))
+    return _different((*first, *grid), _constrained(settings))
+
+
+def rule_set(profiled: Sequence[int], sink: int, told: Sequence[int]) -> tuple[Rule, ...]:
+    """Windows ``a + b N`` of the paper's grid (section 4.1), at least a block long.
+
+    Args:
+        profiled: lengths in tokens; ``a`` is between the shortest below 0 and the longest.
+        sink: first tokens of all of them.
+        told: lengths at which rules have to differ: those that keep as many tokens at all of these are one.
+    """
+    alphas = [round(a / BLOCK) * BLOCK for a in np.linspace(-min(profiled), max(profiled), ALPHAS)]
+    pairs = [(a, float(b)) for b in np.linspace(0, 1, BETAS) for a in alphas if a + b * min(profiled) > 0]
+    return _different([Rule(sink, Window(a, b, min=BLOCK)) for a, b in pairs], told)
+
+
+def _different(rules: Sequence[Rule], lengths: Sequence[int]) -> tuple[Rule, ...]:
+    """The first of those that keep equally many tokens."""
+    found: dict[tuple[int, ...], Rule] = {}
+    for rule in rules:
+        found.setdefault(tuple(min(rule.sink + rule.window.span(length), length) for length in lengths), rule)
+    return tuple(found.values())
+
+
+def _constrained(settings: Heads) -> tuple[int, ...]:
+    """The lengths at which the budget has to hold."""
+    return tuple(sorted({*settings.lengths, settings.budget_tokens}))
+
+
+def _full(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers whose heads get rules."""
+    mark = AttentionPlan.empty(config).fingerprint
+    return tuple(sorted(set(range(mark.layers)) - set(mark.sliding)))
+
+
+def _problem(settings: Heads, config: PreTrainedConfig, costs: Floats) -> Problem:
+    """The programme; densities are bytes of the whole cache, layers with sliding windows among them."""
+    plans = [streaming_plan(config, rule, ()) for rule in rules_of(settings)]
+    table = [
+        [predict_bytes(plan, config, length).stored / dense_bytes(config, length) for plan in plans]
+        for length in _constrained(settings)
+    ]
+    return Problem(costs, np.array(table), settings.retention, rules=settings.rules)
+
+
+def _allowed(profiler: Profiler, problem: Problem, layers: list[int]) -> Any:
+    """The heads with the highest echo score have to keep everything, as many as the recipe says."""
+    _, *heads, rules = problem.costs.shape
+    count = round(profiler.subject.settings.forced * heads[0] * heads[1])
+    allowed = np.ones((*heads, rules), bool)
+    if count:
+        first = profiler.score("echo")[layers].flatten().argsort(descending=True, stable=True)[:count]
+        allowed.reshape(-1, rules)[first.numpy(), FULL + 1 :] = False
+    return allowed
+
+
+def _costs(profiler: Profiler, facts: ModelFacts, rules: Sequence[Rule]) -> Tensor:
+    """Of every rule, ``[lengths, layers, KV heads, rules]``, mean over the prompts of a length."""
+    settings, begun = profiler.subject.settings, time.perf_counter()
+    lengths = sorted(settings.lengths)
+
+    def place(item: Item) -> int:  # a prompt may be a little shorter than asked for
+        return next(n for n, length in enumerate(lengths) if len(item.ids) <= length)
+
+    def measure(item: Item) -> Tensor:
+        found = torch.zeros(len(lengths), facts.num_layers, facts.config.num_key_value_heads, len(rules))
+        found[place(item)] = influence(profiler.subject.model, [item], rules, settings.elementwise)
+        return found
+
+    mean = profiler.each("moa", measure)
+    counts = torch.zeros(len(lengths))
+    for item in profiler.items():
+        counts[place(item)] += 1
+    found = mean * (len(profiler.items()) / counts.clamp_min(1))[:, None, None, None]
+    if not settings.elementwise:
+        profiler.record("influence", found[..., STREAM].mean(0), time.perf_counter() - begun)
+    return found
+
+
+@dataclass
+class Comparison:
+    """Losses of answers in prompts longer than those that were profiled, each kept as soon as it is there.
+
+    Attributes:
+        profiler: of the model.
+        rules: that choices number.
+        layers: that have rules.
+    """
+
+    profiler: Profiler
+    rules: Sequence[Rule]
+    layers: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompts."""
+        longest = context_of(self.profiler.job.view.config)
+        wanted = int(BEYOND * max(self.profiler.subject.settings.lengths))
+        return wanted if longest is None else min(wanted, longest)
+
+    def loss(self, choice: Choice | None) -> float:
+        """Mean over the prompts, in nats a token; None is full attention."""
+        name = "dense" if choice is None else choice.name
+        kept: dict[str, float] = self.profiler.state.setdefault("moa_losses", {})
+        if name not in kept:
+            layers = Layers(self.profiler.subject.model)
+            with evaluating(self.profiler.subject.model), layers.tapped():
+                each = [answer_loss(layers, item, self.tap(choice, len(item.ids))) for item in self._items]
+            kept[name] = sum(each) / len(each)
+            self.profiler.job.folder.save()
+            told = f"heads: plan for {name}: loss {kept[name]:.4f} at {self.length:,} tokens"
+            self.profiler.job.emit(Message(told))
+        return kept[name]
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        """Other prompts than those of the profile."""
+        subject = self.profiler.subject
+        changed = {"lengths": (self.length,), "items": COMPARED, "seed": subject.settings.seed + 1}
+        return prompts(Subject(lambda: subject.model, subject.tokenizer, subject.settings.model_copy(update=changed)))
+
+    def tap(self, choice: Choice | None, length: int) -> Tap | None:
+        """Attention under a choice."""
+        if choice is None:
+            return None
+        reach = {
+            layer: torch.tensor([[self.rules[r].sink, max(1, self.rules[r].window.span(length))] for r in own])
+            for layer, own in zip(self.layers, choice.rules, strict=True)
+        }
+
+        def narrow(seen: Seen) -> Tensor:
+            own = reach[seen.layer].to(seen.key.device)
+            return flash_prefill(seen.query, seen.key, seen.value, seen.scaling, reach=own)[0].transpose(1, 2)
+
+        return narrow

@@ -1,0 +1,100 @@
+"""KV heads that are told the same, side by side: then the heads of a cluster are a slice, and nothing is gathered.
+
+A layer's output doesn't depend on the order of its heads, as long as the rows of q, k and v and the columns of o follow
+it. Files keep the checkpoint's order, in the weights as in the plan; ``perm`` is the order at load (heads.md 1.3).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.families import FAMILIES
+from compress.kernels.quant_linear import from_codes, to_codes
+from compress.plan import AttentionPlan, Layer
+from compress.runtime.linear import PackedLinear, StoredLinear
+
+_KNOWN = (nn.Linear, PackedLinear, StoredLinear)
+
+
+@torch.no_grad()
+def permute_heads(model: PreTrainedModel, plan: AttentionPlan) -> AttentionPlan:
+    """Put the KV heads of a loaded model, and their groups of query heads, into the plan's order.
+
+    Args:
+        model: dense or packed, just loaded; its weights are changed.
+        plan: whose ``perm[i]`` is the checkpoint's KV head at place i.
+
+    Returns:
+        The plan for the model as it is now: its heads in the new order, ``perm`` None. A layer that can't be permuted
+        exactly, since groups of its o_proj's columns hold channels of several heads, stays as it is in both.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    layers = list(plan.layers)
+    for index, layer in enumerate(layers):
+        if layer.perm is None or family is None:
+            continue
+        block = model.get_submodule(f"{family.layers}.{index}")
+        linears = {role: block.get_submodule(family.roles[role]) for role in "qkvo"}
+        if _permuted(linears, layer.perm, plan.fingerprint.head_dim):
+            layers[index] = _ordered(layer, layer.perm)
+    return replace(plan, layers=tuple(layers))
+
+
+def _ordered(layer: Layer, order: tuple[int, ...]) -> Layer:
+    return replace(layer, heads=tuple(layer.heads[head] for head in order), perm=None)
+
+
+def _permuted(linears: Mapping[str, nn.Module], order: tuple[int, ...], width: int) -> bool:
+    """Permute the four linear layers of an attention; False, and nothing, where one of them can't be."""
+    if not all(isinstance(linear, _KNOWN) for linear in linears.values()):
+        return False
+    columns, o = _inputs(linears["o"]), linears["o"]
+    each = columns // len(order)  # channels of a KV head's group of query heads
+    if isinstance(o, PackedLinear) and each % o.group_size and o.group_size != columns:
+        return False
+    grouped, single = _places(order, each), _places(order, width)
+    _take_rows(linears["q"], grouped)
+    _take_rows(linears["k"], single)
+    _take_rows(linears["v"], single)
+    _take_columns(o, grouped, order)
+    return True
+
+
+def _inputs(linear: nn.Module) -> int:
+    return int(linear.weight.shape[1] if isinstance(linear, StoredLinear) else linear.in_features)  # type: ignore[arg-type]
+
+
+def _places(order: tuple[int, ...], size: int) -> Tensor:
+    """Channels of blocks of ``size`` in an order of the blocks."""
+    return (torch.tensor(order)[:, None] * size + torch.arange(size)).flatten()
+
+
+def _take_rows(linear: nn.Module, rows: Tensor) -> None:
+    if isinstance(linear, PackedLinear):
+        codes, scale, zero = to_codes(linear.packed)
+        own = rows.to(codes.device)
+        _repack(linear, codes[own], scale[own], None if zero is None else zero[own])
+    elif isinstance(linear, nn.Linear | StoredLinear):
+        linear.weight.copy_(linear.weight[rows.to(linear.weight.device)].clone())
+    if isinstance(linear.bias, Tensor):
+        linear.bias.copy_(linear.bias[rows.to(linear.bias.device)].clone())
+
+
+def _take_columns(linear: nn.Module, columns: Tensor, order: tuple[int, ...]) -> None:
+    if isinstance(linear, PackedLinear):
+        codes, scale, zero = to_codes(linear.packed)
+        groups = scale.shape[1]
+        own = _places(order, groups // len(order)) if groups > 1 else torch.zeros(1, dtype=torch.int64)
+        own = own.to(codes.device)
+        taken = codes[:, columns.to(codes.device)].contiguous()
+        _repack(linear, taken, scale[:, own].contiguous(), None if zero is None else zero[:, own].contiguous())
+    elif isinstance(linear, nn.Linear | StoredLinear):
+        linear.weight.copy_(linear.weight[:, columns.to(linear.weight.device)].clone())
+
+
+def _repack(linear: PackedLinear, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    weight = from_codes(codes, scale, zero, linear.bits, linear.group_size, linear.layout)  # type: ignore[arg-type]
+    linear.codes, linear.scale, linear.zero = weight.codes, weight.scale, weight.zero

@@ -1,0 +1,208 @@
+"""MoA: its rules, its plans within their budget, what it compares them on, and resuming."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compress.calibrate.errors import InputError
+from compress.evalsuite.head import evaluating
+from compress.kernels.flash_prefill.reference import flash_prefill
+from models import build_model, save_tiny
+from runs import InterruptedRunError, Log
+
+from compress.events import Message, StepDone
+from compress.heads import moa
+from compress.heads.data import Item
+from compress.heads.influence import answer_loss
+from compress.heads.layers import Layers
+from compress.heads.moa import FULL, STREAM, rule_set, rules_of
+from compress.heads.profile import read_profile
+from compress.heads.profiling import Subject
+from compress.heads.solve import Choice
+from compress.pipeline import RunResult, run
+from compress.plan import BLOCK, AttentionPlan, Window, read_plan
+from compress.plan_compile import predict_bytes
+from compress.plan_writer import Rule
+from compress.schema import Heads
+from compress.tap import Seen
+
+SHORT: dict[str, Any] = {
+    "method": "moa", "lengths": [320, 384], "items": 1, "sink": 16, "recent": 64, "budget_tokens": 500,
+    "prompts": "passkey",
+}  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("_no_page")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("moa") / "model")
+
+
+def compressed(model: Path, out: Path, log: Log | None = None, **heads: Any) -> RunResult:
+    return run(str(model), {"name": "test", "heads": {**SHORT, **heads}}, out=out, on_event=log)
+
+
+# Rules
+
+
+def test_rules_are_the_grid_once_each() -> None:
+    lengths = (1024, 2048, 4096)
+    rules = rule_set((1024, 2048), 64, lengths)
+    kept = [tuple(min(64 + rule.window.span(n), n) for n in lengths) for rule in rules]
+    assert len(set(kept)) == len(kept)
+    assert 20 < len(kept) < 6 * 9
+    for a in (0, 1024):
+        for b in (0.125, 0.5, 0.875):
+            near = round((-1024 + 3072 * 2 / 5) / BLOCK) * BLOCK if a == 0 else 2048
+            window = Window(near, b, min=BLOCK)
+            assert tuple(min(64 + window.span(n), n) for n in lengths) in kept
+    assert all(rule.sink == 64 for rule in rules)
+    assert min(min(row) for row in kept) >= 64 + BLOCK
+
+
+def test_rules_of_a_recipe_begin_with_full_attention_and_streaming_heads() -> None:
+    rules = rules_of(Heads())
+    assert rules[FULL].window.full
+    assert rules[STREAM] == Rule(64, Window(256, 0.0))
+    assert len(rules) > 20
+    assert not any(rule.window.full for rule in rules[1:])
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def outcome(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    out = tmp_path_factory.mktemp("plans") / "out"
+    return out, compressed(model, out)
+
+
+def planned(out: Path) -> AttentionPlan:
+    found = read_plan(out)
+    assert found is not None
+    return found
+
+
+def test_a_plan_keeps_to_its_budget_at_all_lengths(outcome: tuple[Path, RunResult]) -> None:
+    out, found = outcome
+    plan, config = planned(out), build_model("llama").config
+    section = found.report["heads"]
+    assert section["constrained"] == [320, 384, 500]
+    chosen = next(each for each in section["candidates"] if each["name"] == section["chosen"])
+    for length, density in zip((320, 384, 500), chosen["densities"], strict=True):
+        stored, dense = (predict_bytes(each, config, length).stored for each in (plan, AttentionPlan.empty(config)))
+        assert stored / dense == pytest.approx(density)
+        assert 0.45 - 1e-6 <= stored / dense <= 0.5 + 1e-6
+    assert section["retention"] <= 0.5 + 1e-9
+    assert plan.sources[0].method == "moa"
+    assert plan.budget == {"metric": "kv_bytes", "retention": 0.5, "tokens": 500}
+    assert all(len({(head.sink, head.window) for head in layer.heads}) <= 3 for layer in plan.layers)
+
+
+def test_the_candidate_with_the_least_loss_beyond_the_profile_is_taken(outcome: tuple[Path, RunResult]) -> None:
+    section = outcome[1].report["heads"]
+    losses = {each["name"]: each["loss"] for each in section["candidates"]}
+    assert losses[section["chosen"]] == min(losses.values())
+    assert section["compared_at"] == 512  # the model's context, below 1.5 x 384
+    assert section["dense_loss"] not in losses.values()
+
+
+def test_scores_are_the_influence_of_streaming_heads(outcome: tuple[Path, RunResult]) -> None:
+    out, _ = outcome
+    assert planned(out).scores["moa"] == read_profile(out).scores["influence"]
+    assert min(map(min, read_profile(out).scores["influence"])) > 0
+
+
+def test_heads_that_cost_most_keep_most(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head whose loss is all there is sees all that the budget allows it."""
+
+    def only_one(of: Any, items: Sequence[Item], rules: Sequence[Rule], published: bool) -> torch.Tensor:
+        found = torch.zeros(3, 2, len(rules))
+        spans = torch.tensor([rule.window.span(len(items[0].ids)) for rule in rules])
+        found[1, 1] = 1 - spans / len(items[0].ids)
+        return found
+
+    monkeypatch.setattr(moa, "influence", only_one)
+    monkeypatch.setattr(moa.Comparison, "loss", lambda self, choice: 1.0)
+    compressed(model, tmp_path / "out")
+    assert planned(tmp_path / "out").layers[1].heads[1].window.span(384) == 384
+
+
+def test_heads_with_the_highest_echo_are_forced(model: Path, tmp_path: Path) -> None:
+    compressed(model, tmp_path / "out", forced=0.34)
+    best = [(layer, head) for layer, head, _ in read_profile(tmp_path / "out").ranking("echo")[:2]]
+    plan = planned(tmp_path / "out")
+    assert all(plan.layers[layer].heads[head].window.full for layer, head in best)
+
+
+def test_a_budget_that_no_rules_keep_to_is_refused_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "model", property(lambda _: pytest.fail("the model is loaded")))
+    with pytest.raises(InputError, match=r"heads.retention=0.3: .*nearest that can be met is 0\.3\d+"):
+        compressed(model, tmp_path / "out", retention=0.3, lengths=[224], recent=64, sink=16)
+
+
+def test_a_stopped_run_goes_on_where_it_was(model: Path, tmp_path: Path, outcome: tuple[Path, RunResult]) -> None:
+    def told(event: object) -> bool:
+        return isinstance(event, Message) and "plan for" in event.text
+
+    with pytest.raises(InterruptedRunError):
+        compressed(model, tmp_path / "out", Log(stop=lambda event: isinstance(event, StepDone)))
+    with pytest.raises(InterruptedRunError):
+        compressed(model, tmp_path / "out", second := Log(stop=told))
+    assert [event.index for event in second.of(StepDone)] == [1]
+    found = compressed(model, tmp_path / "out", third := Log())
+    assert not third.of(StepDone)
+    assert len([event for event in third.of(Message) if told(event)]) == len(found.report["heads"]["candidates"])
+    assert planned(tmp_path / "out").layers == planned(outcome[0]).layers
+
+
+# What candidates are compared by
+
+
+def test_a_choice_is_applied_to_every_head() -> None:
+    """The loss is that with attention replaced by the kernel's reference at the same reach."""
+    model = build_model("qwen2")  # two layers slide
+    item = Item(
+        torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(0)), torch.arange(200) == 198, "", 9
+    )
+    rules = (Rule(4, Window()), Rule(4, Window(64, 0.0)), Rule(4, Window(0, 0.5)))
+    choice = Choice("", ((1, 2),), (), ())
+    comparison = moa.Comparison(None, rules, [0])  # type: ignore[arg-type]
+    layers = Layers(model)
+
+    def expected(seen: Seen) -> torch.Tensor:
+        assert seen.layer == 0
+        reach = torch.tensor([[4, 64], [4, 128]])
+        return flash_prefill(seen.query, seen.key, seen.value, seen.scaling, reach=reach)[0].transpose(1, 2)
+
+    with evaluating(model), layers.tapped():
+        found, by_hand, dense = (
+            answer_loss(layers, item, tap) for tap in (comparison.tap(choice, 200), expected, None)
+        )
+    assert found == pytest.approx(by_hand, rel=1e-5)
+    assert found != pytest.approx(dense, rel=1e-5)
+
+
+def test_costs_are_means_by_length(
+    outcome: tuple[Path, RunResult], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of one length don't count for another."""
+    seen: list[torch.Tensor] = []
+
+    def constant(of: Any, items: Sequence[Item], rules: Sequence[Rule], published: bool) -> torch.Tensor:
+        return torch.full((3, 2, len(rules)), 2.0 if len(items[0].ids) <= 320 else 5.0)
+
+    def look(problem: Any, names: Any) -> list[Choice]:
+        seen.append(torch.tensor(problem.costs))
+        return [Choice("sum", ((1, 1),) * 3, (0.0, 0.0), (0.1, 0.1, 0.1))]
+
+    monkeypatch.setattr(moa, "influence", constant)
+    monkeypatch.setattr(moa, "candidates", look)
+    compressed(model, tmp_path / "out", items=3)
+    assert (seen[0][0] == 2).all()
+    assert (seen[0][1] == 5).all()
