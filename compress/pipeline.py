@@ -29,11 +29,12 @@ from compress.calibrate.source import AUTO, SELF, Model, Request, prepare
 from compress.calibrate.text import is_local
 from compress.calibrate.windows import CalibrationSet
 from compress.events import Event, Message, StageDone, StageStarted
-from compress.job import Job
+from compress.job import Job, Result
 from compress.memory import release
-from compress.model import ModelView, open_model
+from compress.model import ModelFacts, ModelView, open_model
 from compress.options import RunOptions
 from compress.origin import origin_of
+from compress.plan_order import side_by_side
 from compress.planning import Plan, active_stages, carries, plan
 from compress.recipe import Recipe
 from compress.scoring import prepare_scoring, score_run
@@ -235,6 +236,8 @@ def _make(job: Job) -> None:
     started = time.perf_counter()
     if job.result is None:
         job.result = keep(job)
+    if job.plan is not None:
+        job.plan = side_by_side(job.plan, *_output_groups(job.view.facts, job.result))
     job.report["artifact"] = write_artifact(job, job.result)
     release()
     job.report["reload_check"] = check = check_reload(
@@ -252,6 +255,16 @@ def _make(job: Job) -> None:
     write_report(job.folder.artifact, job.report, name=job.folder.out.name)
     job.folder.publish()
     job.emit(StageDone("artifact", time.perf_counter() - started))
+
+
+def _output_groups(facts: ModelFacts, result: Result) -> tuple[dict[int, int], int]:
+    """Columns of each packed o_proj that share a scale, by layer, and how many columns there are."""
+    columns, found = facts.linears(0)["o"].in_features, {}
+    for layer in range(facts.num_layers):
+        scheme = result.schemes.get(facts.linears(layer)["o"].name)
+        if scheme is not None:
+            found[layer] = columns if scheme.group_size == -1 else scheme.group_size
+    return found, columns
 
 
 def _calibration(

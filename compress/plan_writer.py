@@ -34,13 +34,6 @@ class Rule:
     stride: Stride | None = None
 
 
-def cluster_order(layer: Layer) -> tuple[int, ...]:
-    """The KV heads of a layer with those side by side that are told the same, the ones that keep everything first."""
-    alike = list(dict.fromkeys(layer.heads))
-    first = sorted(alike, key=lambda head: not head.window.full or head.stride is not None)
-    return tuple(number for rule in first for number, head in enumerate(layer.heads) if head == rule)
-
-
 class PlanWriter:
     """One method at work on a plan.
 
@@ -129,20 +122,6 @@ class PlanWriter:
             raise self._error(f"{place} maps heads to {sorted(set(share.head_map))}", allowed=f"0 to {queries - 1}")
         layers = list(self._plan.layers)
         layers[layer] = replace(layers[layer], share=share)
-        self._plan = replace(self._plan, layers=tuple(layers))
-
-    def permute(self, layer: int, order: tuple[int, ...]) -> None:
-        """The order in which a layer's KV heads are loaded (see :func:`cluster_order`).
-
-        Raises:
-            InputError: another method has written it; no such layer; not an order of the KV heads.
-        """
-        self._own("order")
-        self._layer(layer)
-        if sorted(order) != list(range(self._plan.fingerprint.kv_heads)):
-            raise self._error(f"layer {layer} is permuted by {list(order)}", allowed="an order of its KV heads")
-        layers = list(self._plan.layers)
-        layers[layer] = replace(layers[layer], perm=order)
         self._plan = replace(self._plan, layers=tuple(layers))
 
     def score(self, scores: list[list[float]], profiled: int | None = None) -> None:

@@ -20,17 +20,17 @@ from transformers import PreTrainedConfig
 from compress.evalsuite.head import evaluating
 from compress.evalsuite.sliding import context_of
 from compress.events import Message
+from compress.fingerprint import fingerprint_of
 from compress.heads.data import Item
 from compress.heads.influence import answer_loss, influence
 from compress.heads.layers import Layers
 from compress.heads.methods import Found, full_layers, rule_of, writer_of
 from compress.heads.profiling import Profiler, Subject, prompts
-from compress.heads.select import dense_bytes, streaming_plan
+from compress.heads.select import dense_bytes
 from compress.heads.solve import Choice, Floats, Problem, candidates, solve
 from compress.kernels.flash_prefill import flash_prefill
 from compress.model import ModelFacts
 from compress.plan import BLOCK, AttentionPlan, Window
-from compress.plan_compile import predict_bytes
 from compress.plan_writer import Rule
 from compress.schema import Heads
 from compress.tap import Seen, Tap
@@ -85,14 +85,13 @@ def spans(profiler: Profiler, facts: ModelFacts, start: AttentionPlan | None) ->
 
 
 def check(settings: Heads, config: PreTrainedConfig) -> None:
-    """Whether some choice of rules keeps to the budget, whatever they cost.
+    """Whether shares of all heads with each rule could keep to the budget, whatever they cost.
 
     Raises:
-        InputError: none does; the nearest budget that one keeps to is told.
+        InputError: none could; the nearest budget that some keep to is told.
     """
-    layers = len(_full(config))
-    shape = (1, layers, config.num_key_value_heads, len(rules_of(settings)))
-    solve(_problem(settings, config, np.zeros(shape)), np.ones(1))
+    costs = np.zeros((1, 1, 1, len(rules_of(settings))))
+    solve(replace(_problem(settings, config, costs), whole=False), np.ones(1))
 
 
 def rules_of(settings: Heads) -> tuple[Rule, ...]:
@@ -119,8 +118,13 @@ def _different(rules: Sequence[Rule], lengths: Sequence[int]) -> tuple[Rule, ...
     """The first of those that keep equally many tokens."""
     found: dict[tuple[int, ...], Rule] = {}
     for rule in rules:
-        found.setdefault(tuple(min(rule.sink + rule.window.span(length), length) for length in lengths), rule)
+        found.setdefault(tuple(kept(rule, length) for length in lengths), rule)
     return tuple(found.values())
+
+
+def kept(rule: Rule, length: int) -> int:
+    """Tokens of so many that a head with a rule keeps."""
+    return min(rule.sink + rule.window.span(length), length)
 
 
 def _constrained(settings: Heads) -> tuple[int, ...]:
@@ -130,15 +134,16 @@ def _constrained(settings: Heads) -> tuple[int, ...]:
 
 def _full(config: PreTrainedConfig) -> tuple[int, ...]:
     """The layers whose heads get rules."""
-    mark = AttentionPlan.empty(config).fingerprint
+    mark = fingerprint_of(config)
     return tuple(sorted(set(range(mark.layers)) - set(mark.sliding)))
 
 
 def _problem(settings: Heads, config: PreTrainedConfig, costs: Floats) -> Problem:
     """The programme; densities are bytes of the whole cache, layers with sliding windows among them."""
-    plans = [streaming_plan(config, rule, ()) for rule in rules_of(settings)]
+    mark = fingerprint_of(config)
+    token = 4 * mark.head_dim * mark.kv_heads * len(_full(config))  # keys and values of 16 bits
     table = [
-        [predict_bytes(plan, config, length).stored / dense_bytes(config, length) for plan in plans]
+        [1 - token * (length - kept(rule, length)) / dense_bytes(config, length) for rule in rules_of(settings)]
         for length in _constrained(settings)
     ]
     return Problem(costs, np.array(table), settings.retention, rules=settings.rules)

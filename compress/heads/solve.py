@@ -42,6 +42,7 @@ class Problem:
         least: share of the limit that is used at every constrained length.
         rules: different ones a layer, at most; None for any number.
         allowed: the rules that a head may have, [layers, KV heads, rules]; None for all.
+        whole: False lets a head have shares of rules: what many heads together can be.
         seconds: for a single programme.
     """
 
@@ -51,6 +52,7 @@ class Problem:
     least: float = 0.9
     rules: int | None = 3
     allowed: NDArray[np.bool_] | None = None
+    whole: bool = True
     seconds: float = field(default=SECONDS, compare=False)
 
 
@@ -129,7 +131,7 @@ def solve(problem: Problem, weights: Floats, name: str = "", largest: bool = Fal
     taken = np.take_along_axis(problem.costs, chosen[None, ..., None], -1).sum((1, 2, 3))
     densities = problem.densities[:, chosen].mean((1, 2))
     rules = tuple(tuple(int(rule) for rule in layer) for layer in chosen)
-    return Choice(name, rules, tuple(map(float, taken)), tuple(map(float, densities)), float(found.mip_gap))
+    return Choice(name, rules, tuple(map(float, taken)), tuple(map(float, densities)), float(found.mip_gap or 0))
 
 
 Row = tuple[csr_array, Any, Any]
@@ -167,7 +169,7 @@ class _Columns:
         allowed = np.ones(self.x) if self.problem.allowed is None else self.problem.allowed.reshape(-1).astype(float)
         return milp(
             objective,
-            integrality=np.repeat([1, 0], [self.x + self.y, self.extra]),
+            integrality=np.repeat([int(self.problem.whole), 0], [self.x + self.y, self.extra]),
             bounds=Bounds(0, np.concatenate([allowed, np.ones(self.y), np.full(self.extra, np.inf)])),
             constraints=[LinearConstraint(*row) for row in rows],
             options={"mip_rel_gap": GAP, "time_limit": self.problem.seconds},

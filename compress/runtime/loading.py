@@ -16,9 +16,11 @@ from compress.device import pick_device, pick_dtype
 from compress.kernels.quant_linear import Activations
 from compress.model import open_model
 from compress.plan import AttentionPlan, read_plan
+from compress.plan_order import as_loaded
 from compress.runtime.linear import ACTIVATIONS, Compute
 from compress.runtime.model import follow
 from compress.runtime.packed import packed_folder
+from compress.runtime.permute import permute_heads
 from compress.runtime.plan_cache import PlanCache
 from compress.runtime.rotary import without_state
 from compress.source import GGUF_FILE, download, hub_config_folder, hub_weight_bytes, locate
@@ -97,7 +99,7 @@ class Unloaded:
         model = self.load(compute.dtype).to(device) if held is None else held.load(compute, device)
         without_state(model)
         if self.plan is not None and kv:
-            follow(model, self.plan)
+            follow(model, permute_heads(model, self.plan))
         return model
 
 
@@ -129,7 +131,7 @@ def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
     plan = read_plan(place)
     if plan is None:
         return found
-    cache = partial(PlanCache, AutoConfig.from_pretrained(str(place), trust_remote_code=False), plan)
+    cache = partial(PlanCache, AutoConfig.from_pretrained(str(place), trust_remote_code=False), as_loaded(plan))
     return replace(found, plan=plan, cache=cache)
 
 

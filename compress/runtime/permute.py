@@ -5,15 +5,16 @@ it. Files keep the checkpoint's order, in the weights as in the plan; ``perm`` i
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.calibrate.errors import InputError
 from compress.families import FAMILIES
 from compress.kernels.quant_linear import from_codes, to_codes
-from compress.plan import AttentionPlan, Layer
+from compress.plan import FILE, AttentionPlan
+from compress.plan_order import as_loaded
 from compress.runtime.linear import PackedLinear, StoredLinear
 
 _KNOWN = (nn.Linear, PackedLinear, StoredLinear)
@@ -28,39 +29,36 @@ def permute_heads(model: PreTrainedModel, plan: AttentionPlan) -> AttentionPlan:
         plan: whose ``perm[i]`` is the checkpoint's KV head at place i.
 
     Returns:
-        The plan for the model as it is now: its heads in the new order, ``perm`` None. A layer that can't be permuted
-        exactly, since groups of its o_proj's columns hold channels of several heads, stays as it is in both.
+        The plan for the model as it is now (:func:`compress.plan_order.as_loaded`).
+
+    Raises:
+        InputError: a layer that can't be permuted exactly; then nothing is.
     """
     family = FAMILIES.get(model.config.model_type)
-    layers = list(plan.layers)
-    for index, layer in enumerate(layers):
-        if layer.perm is None or family is None:
-            continue
-        block = model.get_submodule(f"{family.layers}.{index}")
-        linears = {role: block.get_submodule(family.roles[role]) for role in "qkvo"}
-        if _permuted(linears, layer.perm, plan.fingerprint.head_dim):
-            layers[index] = _ordered(layer, layer.perm)
-    return replace(plan, layers=tuple(layers))
+    todo = {index: layer.perm for index, layer in enumerate(plan.layers) if layer.perm is not None}
+    found = {}
+    for index in todo:
+        block = None if family is None else model.get_submodule(f"{family.layers}.{index}")
+        if block is not None and family is not None:
+            found[index] = {role: block.get_submodule(family.roles[role]) for role in "qkvo"}
+        if index not in found or not _allows(found[index], plan.fingerprint.kv_heads):
+            problem = f"layer {index}: the heads of this model can't be put into the plan's order exactly"
+            raise InputError(FILE, None, problem, fix="leave perm out of the plan; the heads are gathered then")
+    for index, order in todo.items():
+        grouped = _places(order, _inputs(found[index]["o"]) // len(order))
+        single = _places(order, plan.fingerprint.head_dim)
+        for role, rows in (("q", grouped), ("k", single), ("v", single)):
+            _take_rows(found[index][role], rows)
+        _take_columns(found[index]["o"], grouped, order)
+    return as_loaded(plan)
 
 
-def _ordered(layer: Layer, order: tuple[int, ...]) -> Layer:
-    return replace(layer, heads=tuple(layer.heads[head] for head in order), perm=None)
-
-
-def _permuted(linears: Mapping[str, nn.Module], order: tuple[int, ...], width: int) -> bool:
-    """Permute the four linear layers of an attention; False, and nothing, where one of them can't be."""
+def _allows(linears: Mapping[str, nn.Module], kv_heads: int) -> bool:
+    """Whether the four linear layers of an attention can be permuted."""
     if not all(isinstance(linear, _KNOWN) for linear in linears.values()):
         return False
     columns, o = _inputs(linears["o"]), linears["o"]
-    each = columns // len(order)  # channels of a KV head's group of query heads
-    if isinstance(o, PackedLinear) and each % o.group_size and o.group_size != columns:
-        return False
-    grouped, single = _places(order, each), _places(order, width)
-    _take_rows(linears["q"], grouped)
-    _take_rows(linears["k"], single)
-    _take_rows(linears["v"], single)
-    _take_columns(o, grouped, order)
-    return True
+    return not isinstance(o, PackedLinear) or o.group_size == columns or columns // kv_heads % o.group_size == 0
 
 
 def _inputs(linear: nn.Module) -> int:

@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
-from compress.plan import AttentionPlan, Source, Window
-from compress.plan_writer import PlanWriter, Rule, cluster_order
+from compress.plan import AttentionPlan, Source, Window, read_plan
+from compress.plan_order import side_by_side
+from compress.plan_writer import PlanWriter, Rule
 from compress.runtime.attention import NAME
 from compress.runtime.linear import PackedLinear
+from compress.runtime.loading import find
 from compress.runtime.permute import permute_heads
 from compress.runtime.plan_cache import PlanCache
 
@@ -32,9 +34,7 @@ def planned(model: PreTrainedModel) -> AttentionPlan:
     for layer in range(model.config.num_hidden_layers):
         for head in range(0, kv_heads, 2):
             writer.see(layer, head, Rule(4, Window(a=64, b=0.0)))
-    for layer, held in enumerate(writer.finish().layers):
-        writer.permute(layer, cluster_order(held))
-    return writer.finish()
+    return side_by_side(writer.finish(), {}, 1)
 
 
 def logits(model: PreTrainedModel, plan: AttentionPlan | None = None) -> Tensor:
@@ -91,15 +91,34 @@ def test_packed_layers_are_permuted_where_groups_allow_it(
     torch.testing.assert_close(logits(model, now), windowed, atol=1e-4, rtol=1e-4)
 
 
-def test_groups_across_heads_leave_a_layer_as_it_is(tiny: Callable[[str], Path], tmp_path: Path, text: Path) -> None:
+def test_groups_across_heads_cannot_be_put_into_another_order(
+    tiny: Callable[[str], Path], tmp_path: Path, text: Path
+) -> None:
     out = quick(tiny("llama"), "rtn", tmp_path / "out", text, "weights.group_size=32").out  # 48 channels a KV head
     model, _ = compress.load(out)
-    plan = planned(model)
     codes = model.model.layers[0].self_attn.q_proj.codes.clone()
-    assert permute_heads(model, plan) == plan
+    with pytest.raises(InputError, match="layer 0: the heads of this model"):
+        permute_heads(model, planned(model))
     assert torch.equal(model.model.layers[0].self_attn.q_proj.codes, codes)
 
 
-def test_a_plan_of_another_order_is_refused() -> None:
-    with pytest.raises(InputError, match="an order of its KV heads"):
-        PlanWriter(AttentionPlan.empty(build_model("llama").config), Source("duo"), 512).permute(0, (0, 0))
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_artifact_is_loaded_with_its_heads_in_order(
+    tiny: Callable[[str], Path], tmp_path: Path, text: Path, packed: bool
+) -> None:
+    """Its own cache, and one made of its file for the checkpoint's order, give the same."""
+    sets = [f"heads.{key}" for key in ("score=induction", "lengths=384", "sink=16", "recent=64", "budget_tokens=500")]
+    sets += ["heads.prompts=passkey", "heads.items=1", "heads.retention=0.6", "weights.group_size=8"]
+    out = quick(tiny("llama"), "rtn", tmp_path / "out", text, "heads=heads", *sets).out
+    plan = read_plan(out)
+    assert plan is not None
+    assert any(layer.perm == (1, 0) for layer in plan.layers)
+    plain, _ = compress.load(out, packed=packed, kv=False)
+    plain.set_attn_implementation(NAME)
+    model, _ = compress.load(out, packed=packed)
+    found = find(out)
+    assert found.cache is not None
+    with torch.no_grad():
+        expected = plain(ids(200), past_key_values=PlanCache(plain.config, plan)).logits
+        for cache in (None, found.cache()):
+            torch.testing.assert_close(model(ids(200), past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-4)

@@ -30,7 +30,8 @@ from compress.plan import (
     read_plan,
 )
 from compress.plan_compile import compile_plan, packed_bytes, predict_bytes
-from compress.plan_writer import PlanWriter, Rule, cluster_order
+from compress.plan_order import as_loaded, cluster_order, side_by_side
+from compress.plan_writer import PlanWriter, Rule
 from compress.runtime.plan_cache import PlanCache
 
 STREAM = Rule(16, Window(a=256, b=0.0))
@@ -261,8 +262,6 @@ def test_json_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None
         lambda own: own.share(6, Share("kv", 0)),
         lambda own: own.share(3, Share("kv", -1)),
         lambda own: own.share(3, Share("kv", 2, head_map=(0, 1, 2, 3, 4, 6))),
-        lambda own: own.permute(6, (0, 1, 2)),
-        lambda own: own.permute(-1, (0, 1, 2)),
         lambda own: own.kv(9, KVBits()),
         lambda own: own.see(2, -1, STREAM),
         lambda own: own.score([[1.0]]),
@@ -273,13 +272,6 @@ def test_layers_and_heads_that_are_not_there_are_refused(write: Any) -> None:
         write(writer())
 
 
-def test_an_order_of_heads_belongs_to_its_writer() -> None:
-    first = writer("duo")
-    first.permute(2, (1, 0, 2))
-    with pytest.raises(InputError, match=r"'order'.*which duo has written"):
-        writer("moa", first.finish()).permute(3, (1, 0, 2))
-
-
 def test_heads_told_the_same_lie_side_by_side() -> None:
     own = writer("duo")
     own.see(3, 0, STREAM)
@@ -287,6 +279,17 @@ def test_heads_told_the_same_lie_side_by_side() -> None:
     layer = own.finish().layers[3]
     assert cluster_order(layer) == (1, 0, 2)
     assert cluster_order(AttentionPlan.empty(config()).layers[0]) == (0, 1, 2)
+    plan = side_by_side(own.finish(), {2: 8, 3: 32}, columns=96)
+    assert [layer.perm for layer in plan.layers] == [None, None, None, (1, 0, 2), None, None]
+    assert [head.window.full for head in as_loaded(plan).layers[3].heads] == [True, False, False]
+    assert as_loaded(plan).layers[3].perm is None
+
+
+@pytest.mark.parametrize(("size", "ordered"), [(16, True), (32, True), (48, False), (96, True)])
+def test_heads_stay_where_groups_of_columns_are_of_several(size: int, ordered: bool) -> None:
+    own = writer("duo")
+    own.see(3, 0, STREAM)
+    assert (side_by_side(own.finish(), {3: size}, columns=96).layers[3].perm is not None) == ordered
 
 
 def test_a_config_without_grouped_queries_has_a_fingerprint() -> None:
@@ -304,7 +307,6 @@ def test_bits_need_a_packing() -> None:
 def test_compiling_gives_arrays_and_clusters() -> None:
     duo = writer("duo", packed())
     duo.see(3, 1, STREAM)
-    duo.permute(3, (0, 2, 1))
     layer = compile_plan(duo.finish(), 2048).layers[3]
     assert [cluster.heads for cluster in layer.clusters] == [(0, 2), (1,)]
     assert layer.sink.tolist() == [0, 16, 0]
