@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from compress.kernels.ragged_decode import path
 from torch import Tensor
 
+from compress.kv.growing import GrowingLayer
 from compress.kv.layer import Cluster, Handle, PlanLayer
 from compress.kv.plain import PlainPart, Reach
 from compress.plan import Window
-from compress.kv.growing import GrowingLayer
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64  # SmolLM2-135M
 SCALE = WIDTH**-0.5

@@ -6,9 +6,9 @@ length that are read at once with exact masks, passkeys are asked for behind a p
 model as it is. Scores that need
 gradients (influence, gates) come from the profile of a run.
 
-    python benchmarks/heads_quality.py --model MODEL --text TEST.txt [--length 4096] [--windows 2] [--retention 0.5,0.25]
-        [--scores induction,retrieval,distant,mean_qk] [--profile head_profile.json] [--seeds 0,1,2]
-        [--questions 10] [--json FILE]
+    python benchmarks/heads_quality.py --model MODEL --text TEST.txt [--length 4096] [--windows 2]
+        [--retention 0.5,0.25] [--scores induction,retrieval,distant,mean_qk] [--profile head_profile.json]
+        [--seeds 0,1,2] [--questions 10] [--json FILE]
 """
 
 import argparse

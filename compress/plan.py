@@ -290,8 +290,8 @@ class AttentionPlan:
             raise InputError(where, None, f"{place}: {first['msg'].lower()}", fix=fix) from error
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise InputError(where, None, "isn't an attention plan: its layers can't be read") from error
-        if (problem := next(_faults(plan), None)) is not None:
-            raise InputError(where, None, problem, fix="make the plan again")
+        for fault in _faults(plan):
+            raise InputError(where, None, fault, fix="make the plan again")
         return plan
 
     def lines(self, length: int = 4096) -> list[str]:

@@ -142,11 +142,10 @@ def _problem(settings: Heads, config: PreTrainedConfig, costs: Floats) -> Proble
     """The programme; densities are bytes of the whole cache, layers with sliding windows among them."""
     mark = fingerprint_of(config)
     token = 4 * mark.head_dim * mark.kv_heads * len(_full(config))  # keys and values of 16 bits
-    table = [
-        [1 - token * (length - kept(rule, length)) / dense_bytes(config, length) for rule in rules_of(settings)]
-        for length in _constrained(settings)
-    ]
-    return Problem(costs, np.array(table), settings.retention, rules=settings.rules)
+    rules, lengths = rules_of(settings), np.array(_constrained(settings))
+    dropped = np.array([[length - kept(rule, length) for rule in rules] for length in lengths])
+    table = 1 - token * dropped / np.array([[dense_bytes(config, length)] for length in lengths.tolist()])
+    return Problem(costs, table, settings.retention, rules=settings.rules)
 
 
 def _allowed(profiler: Profiler, problem: Problem, layers: list[int]) -> Any:

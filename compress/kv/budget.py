@@ -84,8 +84,8 @@ class Profile:
             wanted = output.transpose(1, 2)[:, :, first:]
             whole += float(wanted.double().square().sum())
             for number, bits in enumerate(candidates):
-                part = PackedPart(PackedFormat(self.packing, bits, index, self._rotation))
-                packed = PlanLayer(index, [Cluster(None, part)])
+                own = PackedPart(PackedFormat(self.packing, bits, index, self._rotation))
+                packed = PlanLayer(index, [Cluster(None, own)])
                 for part in (slice(0, first), slice(first, None)):
                     packed.update(seen.key[:, :, part], seen.value[:, :, part])
                     found = packed.attend(seen.query[:, :, part], None, seen.scaling)

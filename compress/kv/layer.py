@@ -72,7 +72,7 @@ class PlanLayer(CacheLayerMixin):
         self._inference = False  # whether some tensors are inference mode's, which nobody else may write to
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the last tokens can be forgotten as things are."""
         return self._whole is not None or all(cluster.part.croppable for cluster in self.clusters)
 
@@ -259,7 +259,7 @@ class PlanLayer(CacheLayerMixin):
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """One new token of every sequence; heads without packed or far tokens attend together."""
-        held = []
+        held: list[tuple[Cluster, PlainPart, tuple[int, ...]]] = []
         for cluster in self.clusters:
             if not isinstance(cluster.part, PlainPart) or cluster.part.reach.stride is not None:
                 return self._each(query, key, value, lambda part, q, new: part.step(q, new, scaling))

@@ -31,13 +31,11 @@ class Call:
 
 
 class Part(Protocol):
-    """Keys and values of ``n`` KV heads, and attention over them.
+    """Keys and values of ``n`` KV heads, and attention over them."""
 
-    Attributes:
-        croppable: whether the last tokens can be forgotten as things are.
-    """
-
-    croppable: bool
+    @property
+    def croppable(self) -> bool:
+        """Whether the last tokens can be forgotten as things are."""
 
     def fresh(self) -> "Part":
         """An empty one of the same kind."""

@@ -94,5 +94,5 @@ def _take_columns(linear: nn.Module, columns: Tensor, order: tuple[int, ...]) ->
 
 
 def _repack(linear: PackedLinear, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-    weight = from_codes(codes, scale, zero, linear.bits, linear.group_size, linear.layout)  # type: ignore[arg-type]
+    weight = from_codes(codes, scale, zero, linear.bits, linear.group_size, linear.layout)
     linear.codes, linear.scale, linear.zero = weight.codes, weight.scale, weight.zero
