@@ -34,9 +34,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from compress.kv.copying import Place, best, copying_scores, how_many
 from compress.kv.filling import Shape, filled_bytes, match
 from compress.kv.saliency import probe_rows, prompt_mass, salient, witnesses
 from compress.kv.schemes import DENSE, Scheme, from_settings, named
+from compress.model import open_model
 from compress.plan import Packing
 from compress.recipe import Recipe
 from compress.runtime import find
@@ -50,11 +52,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without centring": {"center": False},
     "without rotation": {"rotate": False},
     "without sinks": {"sinks": 0},
+    "without copying heads": {"copying_heads": 0.0},
     "without boundary layers": {"boundary_bits": None},
     "official normalizer": {"normalizer": "official"},
     "r = 0": {"ratio": 0.0},
     "r = 0.1": {"ratio": 0.1},
-    "r = 0.3": {},
+    "r = 0.25": {},
+    "r = 0.3": {"ratio": 0.3},
     "r = 0.6": {"ratio": 0.6},
     "r = 1": {"ratio": 1.0},
 }
@@ -91,6 +95,7 @@ class Bench:
     windows: int
     chunk: int
     seeds: tuple[int, ...]
+    copying: list[Place]
 
     @property
     def shape(self) -> Shape:
@@ -159,12 +164,12 @@ def plus(bench: Bench, changes: dict[str, Any], name: str, seed: int) -> Scheme:
     """``zipcache-plus`` with other settings."""
     settings = Recipe.load(SUBJECT).kv
     assert settings is not None
-    return from_settings(name, "", bench.model.config, settings.model_copy(update=changes), seed)
+    return from_settings(name, "", bench.model.config, settings.model_copy(update=changes), seed, bench.copying)
 
 
 def quality(bench: Bench, length: int, methods: list[str]) -> list[Row]:
     def schemes(seed: int) -> list[Scheme]:
-        return [scheme for scheme in named(methods, bench.model.config, seed) if scheme.make is not None]
+        return [scheme for scheme in named(methods, bench.model.config, seed, bench.copying) if scheme.make is not None]
 
     return bench.rows(length, schemes, matched=True)
 
@@ -186,7 +191,7 @@ def generated(bench: Bench, length: int, methods: list[str]) -> list[Row]:
     feed = Feed(prompt, GENERATED_CHUNK)
 
     def schemes(seed: int) -> list[Scheme]:
-        return [scheme for scheme in named(methods, bench.model.config, seed) if scheme.make is not None]
+        return [scheme for scheme in named(methods, bench.model.config, seed, bench.copying) if scheme.make is not None]
 
     rows = bench._sized(schemes(0), whole, feed.sizes(whole), True)
     for seed in bench.seeds:
@@ -269,7 +274,7 @@ def passkey(bench: Bench, rows: list[Row], methods: list[str], samples: int) -> 
     more = {(row.name, row.length): row.more for row in rows}
     found = []
     for length in sorted({row.length for row in rows}):
-        for scheme in named([DENSE, *methods], bench.model.config):
+        for scheme in named([DENSE, *methods], bench.model.config, 0, bench.copying):
             if scheme.make is None:
                 continue
             settings = LongContextSettings((length,), depths=5, samples=samples)
@@ -321,6 +326,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def copying_heads(model: str) -> list[Place]:
+    """The heads that a run of ``zipcache-plus`` would find."""
+    settings, view = Recipe.load(SUBJECT).kv, open_model(model)
+    assert settings is not None
+    scores = copying_scores(view, torch.device("cpu"))
+    layers = [layer for layer in range(view.num_layers) if view.window(layer) is None]
+    return best(scores, how_many(settings.copying_heads, len(layers) * scores.shape[1]), layers)
+
+
 def main() -> None:
     """Measure, print tables, write JSON."""
     asked = arguments()
@@ -333,7 +347,8 @@ def main() -> None:
     named(methods, model.config)
     text = "\n\n".join(open_text(asked.text, option="--text").documents)
     ids = torch.tensor(found.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    bench = Bench(model, found.tokenizer, ids, asked.windows, asked.chunk, tuple(map(int, asked.seeds.split(","))))
+    seeds = tuple(map(int, asked.seeds.split(",")))
+    bench = Bench(model, found.tokenizer, ids, asked.windows, asked.chunk, seeds, copying_heads(asked.model))
     lengths = [int(length) for length in asked.lengths.split(",")]
     rows: dict[str, list[Row]] = {"quality": [], "ablation": [], "generated": []}
     facts: dict[str, list[dict[str, Any]]] = {"saliency": [], "passkey": []}

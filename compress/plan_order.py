@@ -9,6 +9,10 @@ from dataclasses import replace
 from compress.plan import AttentionPlan, Layer
 
 
+PERMUTED = "compress_heads_permuted"
+"""Key of a model's config: its heads are in the order of its plan's ``perm``."""
+
+
 def cluster_order(layer: Layer) -> tuple[int, ...]:
     """The KV heads of a layer with those side by side that are told the same, the ones that keep everything first."""
     alike = list(dict.fromkeys(layer.heads))

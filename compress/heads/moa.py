@@ -76,7 +76,13 @@ def spans(profiler: Profiler, facts: ModelFacts, start: AttentionPlan | None) ->
         "compared_at": comparison.length,
         "dense_loss": comparison.loss(None),
         "candidates": [
-            {"name": choice.name, "loss": loss, "costs": list(choice.costs), "densities": list(choice.densities)}
+            {
+                "name": choice.name,
+                "loss": loss,
+                "gap": choice.gap,
+                "costs": list(choice.costs),
+                "densities": list(choice.densities),
+            }
             for choice, loss in zip(found, losses, strict=True)
         ],
         "constrained": list(_constrained(settings)),

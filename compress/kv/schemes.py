@@ -25,8 +25,9 @@ Make = Callable[[int], Cache]
 
 DENSE = "dense"
 _PLAIN = {
-    "boundary_bits": None, "key_scheme": "token", "center": False, "rotate": False, "key_cst": False,
-    "value_cst": False, "clip": False, "sinks": 0, "window_bits": 16, "window_min": 0, "flush": GROUP, "first_flush": 1,
+    "boundary_bits": None, "copying_heads": 0.0, "key_scheme": "token", "center": False, "rotate": False,
+    "key_cst": False, "value_cst": False, "clip": False, "sinks": 0, "window_bits": 16, "window_min": 0,
+    "flush": GROUP, "first_flush": 1,
 }  # fmt: skip
 _KIVI_RESIDUAL = 128
 _LONG = 2**17  # tokens that a plan is meant for: no head of full attention is short
@@ -78,12 +79,20 @@ def plan_of(
     return writer.finish()
 
 
-def from_settings(name: str, about: str, config: PreTrainedConfig, settings: KV, seed: int = 0) -> Scheme:
-    """A scheme of our own cache; more recent tokens widen its window."""
+def from_settings(
+    name: str,
+    about: str,
+    config: PreTrainedConfig,
+    settings: KV,
+    seed: int = 0,
+    copying: Sequence[Place] | None = None,
+) -> Scheme:
+    """A scheme of our own cache, as :func:`plan_of` makes its plan; more recent tokens widen its window."""
+    told = copying if copying is None or settings.copying_heads else ()
 
     def make(more: int) -> Cache:
         wider = settings.model_copy(update={"window_min": settings.window_min + more})
-        return PlanCache(config, plan_of(config, wider, seed))
+        return PlanCache(config, plan_of(config, wider, seed, told))
 
     return Scheme(name, about, make)
 
@@ -93,8 +102,8 @@ def from_plan(name: str, config: PreTrainedConfig, plan: AttentionPlan) -> Schem
     return Scheme(name, "its own plan", lambda _: PlanCache(config, plan), grows=False)
 
 
-def from_recipe(name: str, config: PreTrainedConfig, seed: int = 0) -> Scheme:
-    """The section ``kv`` of a recipe.
+def from_recipe(name: str, config: PreTrainedConfig, seed: int = 0, copying: Sequence[Place] | None = None) -> Scheme:
+    """The section ``kv`` of a recipe; see :func:`from_settings`.
 
     Raises:
         InputError: no such recipe, or one without a fixed ``kv``.
@@ -103,7 +112,7 @@ def from_recipe(name: str, config: PreTrainedConfig, seed: int = 0) -> Scheme:
     if settings is None or settings.budget is not None:
         problem = "has no section kv" if settings is None else "chooses bits under a budget, in a run"
         raise InputError("--kv", name, problem, fix="use zipcache-plus, zipcache, or an artifact's attention_plan.json")
-    return from_settings(name, _OURS.get(name, "a recipe"), config, settings, seed)
+    return from_settings(name, _OURS.get(name, "a recipe"), config, settings, seed, copying)
 
 
 _OURS = {
@@ -117,34 +126,37 @@ _UNIFORM: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def schemes(config: PreTrainedConfig, seed: int = 0) -> dict[str, Scheme]:
+def schemes(config: PreTrainedConfig, seed: int = 0, copying: Sequence[Place] | None = None) -> dict[str, Scheme]:
     """All that are known, by name, in the order of a table.
 
     Args:
         config: of the model.
         seed: of probes.
+        copying: heads that copy, for our own; None takes any, which is enough to count bytes.
     """
     found = [Scheme(DENSE, "transformers' own, 16 bits", lambda _: DynamicCache(config=config), grows=False)]
-    found += [from_recipe(name, config, seed) for name in _OURS]
+    found += [from_recipe(name, config, seed, copying) for name in _OURS]
     found += [_kivi(config, bits) for bits in (2, 4)]
     for name, (about, changes) in _UNIFORM.items():
         found.append(from_settings(name, about, config, KV(**_PLAIN | changes), seed))
     plus = Recipe.load("zipcache-plus").kv
     assert plus is not None
-    all_alike = {"ratio": 1.0, "high_bits": (4, 2), "low_bits": (4, 2), "boundary_bits": None}
+    all_alike = {"ratio": 1.0, "high_bits": (4, 2), "low_bits": (4, 2), "boundary_bits": None, "copying_heads": 0.0}
     about = "4-bit keys, 2-bit values, and all else of zipcache-plus"
     found.append(from_settings("k4v2-plus", about, config, plus.model_copy(update=all_alike), seed))
     found += [_transformers(config, backend, bits) for backend in ("quanto", "hqq") for bits in (2, 4)]
     return {scheme.name: scheme for scheme in found}
 
 
-def named(names: list[str], config: PreTrainedConfig, seed: int = 0) -> list[Scheme]:
+def named(
+    names: list[str], config: PreTrainedConfig, seed: int = 0, copying: Sequence[Place] | None = None
+) -> list[Scheme]:
     """Some of :func:`schemes`.
 
     Raises:
         InputError: an unknown name.
     """
-    known = schemes(config, seed)
+    known = schemes(config, seed, copying)
     for name in names:
         if name not in known:
             near = did_you_mean(name, known)

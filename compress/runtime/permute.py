@@ -14,7 +14,7 @@ from compress.calibrate.errors import InputError
 from compress.families import FAMILIES
 from compress.kernels.quant_linear import from_codes, to_codes
 from compress.plan import FILE, AttentionPlan
-from compress.plan_order import as_loaded
+from compress.plan_order import PERMUTED, as_loaded
 from compress.runtime.linear import PackedLinear, StoredLinear
 
 _KNOWN = (nn.Linear, PackedLinear, StoredLinear)
@@ -50,6 +50,7 @@ def permute_heads(model: PreTrainedModel, plan: AttentionPlan) -> AttentionPlan:
         for role, rows in (("q", grouped), ("k", single), ("v", single)):
             _take_rows(found[index][role], rows)
         _take_columns(found[index]["o"], grouped, order)
+    setattr(model.config.get_text_config(decoder=True), PERMUTED, True)
     return as_loaded(plan)
 
 

@@ -15,6 +15,7 @@ from compress.kv.plain import PlainPart, Reach
 from compress.kv.rotation import Rotation
 from compress.plan import FILE, AttentionPlan, Head, Layer
 from compress.plan_compile import MOST_CLUSTERS
+from compress.plan_order import PERMUTED, as_loaded
 
 FULL = "full_attention"
 
@@ -28,7 +29,7 @@ class PlanCache(Cache):
 
     Args:
         config: of the model.
-        plan: made for this model.
+        plan: made for this model; heads as in the checkpoint, or as they are loaded (``model.attention_plan``).
         length: tokens, prompt and answer together, that windows of elastic heads are made for; None lets them grow
             with the text.
 
@@ -39,6 +40,8 @@ class PlanCache(Cache):
     def __init__(self, config: PreTrainedConfig, plan: AttentionPlan, length: int | None = None) -> None:
         decoder = config.get_text_config(decoder=True)
         plan.check(decoder)
+        if getattr(decoder, PERMUTED, False):
+            plan = as_loaded(plan)
         self.plan, self.length = plan, length
         for index, layer in enumerate(plan.layers):
             _check(plan, index, layer)

@@ -120,5 +120,5 @@ def test_an_artifact_is_loaded_with_its_heads_in_order(
     assert found.cache is not None
     with torch.no_grad():
         expected = plain(ids(200), past_key_values=PlanCache(plain.config, plan)).logits
-        for cache in (None, found.cache()):
+        for cache in (None, found.cache(), PlanCache(model.config, plan)):
             torch.testing.assert_close(model(ids(200), past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-4)
