@@ -1,6 +1,9 @@
 """Seconds of MoA's programme by size, on invented costs of heads with very different needs.
 
-python benchmarks/heads_programme.py [--layers 32] [--heads 8] [--seeds 2]
+Three profiled lengths, a budget at these and at a fourth. One core is used. What is found within the limit of time is
+told with its gap, the relative distance from what may be possible.
+
+    python benchmarks/heads_programme.py [--layers 32] [--heads 8] [--seeds 2]
 """
 
 import time

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from compress.plan import AttentionPlan, Layer
 
-
 PERMUTED = "compress_heads_permuted"
 """Key of a model's config: its heads are in the order of its plan's ``perm``."""
 

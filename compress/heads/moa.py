@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -183,8 +184,8 @@ def _costs(profiler: Profiler, facts: ModelFacts, rules: Sequence[Rule]) -> Tens
     for item in profiler.items():
         counts[place(item)] += 1
     found = mean * (len(profiler.items()) / counts.clamp_min(1))[:, None, None, None]
-    if not settings.elementwise:
-        profiler.record("influence", found[..., STREAM].mean(0), time.perf_counter() - begun)
+    name = "elementwise" if settings.elementwise else "influence"
+    profiler.record(name, found[..., STREAM].mean(0), time.perf_counter() - begun)
     return found
 
 
@@ -211,17 +212,19 @@ class Comparison:
 
     def loss(self, choice: Choice | None) -> float:
         """Mean over the prompts, in nats a token; None is full attention."""
-        name = "dense" if choice is None else choice.name
-        kept: dict[str, float] = self.profiler.state.setdefault("moa_losses", {})
-        if name not in kept:
+        name = "full attention" if choice is None else choice.name
+        # a programme that ran out of time may end elsewhere in the next attempt
+        key = name if choice is None else f"{name} {crc32(repr(choice.rules).encode()):08x}"
+        found: dict[str, float] = self.profiler.state.setdefault("moa_losses", {})
+        if key not in found:
             layers = Layers(self.profiler.subject.model)
             with evaluating(self.profiler.subject.model), layers.tapped():
                 each = [answer_loss(layers, item, self.tap(choice, len(item.ids))) for item in self._items]
-            kept[name] = sum(each) / len(each)
+            found[key] = sum(each) / len(each)
             self.profiler.job.folder.save()
-            told = f"heads: plan for {name}: loss {kept[name]:.4f} at {self.length:,} tokens"
+            told = f"heads: plan of {name}: loss {found[key]:.4f} at {self.length:,} tokens"
             self.profiler.job.emit(Message(told))
-        return kept[name]
+        return found[key]
 
     @cached_property
     def _items(self) -> list[Item]:

@@ -116,6 +116,14 @@ def test_scores_are_the_influence_of_streaming_heads(outcome: tuple[Path, RunRes
     assert min(map(min, read_profile(out).scores["influence"])) > 0
 
 
+def test_the_published_form_has_scores_of_its_own(model: Path, tmp_path: Path, outcome: tuple[Path, RunResult]) -> None:
+    compressed(model, tmp_path / "out", elementwise=True)
+    (found,) = read_profile(tmp_path / "out").scores.items()
+    assert found[0] == "elementwise"
+    assert planned(tmp_path / "out").scores["moa"] == found[1]
+    assert found[1] != read_profile(outcome[0]).scores["influence"]
+
+
 def test_heads_that_cost_most_keep_most(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head whose loss is all there is sees all that the budget allows it."""
 
@@ -148,7 +156,7 @@ def test_a_budget_that_no_rules_keep_to_is_refused_before_anything_is_measured(
 
 def test_a_stopped_run_goes_on_where_it_was(model: Path, tmp_path: Path, outcome: tuple[Path, RunResult]) -> None:
     def told(event: object) -> bool:
-        return isinstance(event, Message) and "plan for" in event.text
+        return isinstance(event, Message) and "plan of" in event.text
 
     with pytest.raises(InterruptedRunError):
         compressed(model, tmp_path / "out", Log(stop=lambda event: isinstance(event, StepDone)))
