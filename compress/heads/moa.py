@@ -156,12 +156,12 @@ def _problem(settings: Heads, config: PreTrainedConfig, costs: Floats) -> Proble
 
 
 def _allowed(profiler: Profiler, problem: Problem, layers: list[int]) -> Any:
-    """The heads with the highest echo score have to keep everything, as many as the recipe says."""
+    """The heads with the highest induction score have to keep everything, as many as the recipe says."""
     _, *heads, rules = problem.costs.shape
     count = round(profiler.subject.settings.forced * heads[0] * heads[1])
     allowed = np.ones((*heads, rules), bool)
     if count:
-        first = profiler.score("echo")[layers].flatten().argsort(descending=True, stable=True)[:count]
+        first = profiler.score("induction")[layers].flatten().argsort(descending=True, stable=True)[:count]
         allowed.reshape(-1, rules)[first.numpy(), FULL + 1 :] = False
     return allowed
 

@@ -34,8 +34,8 @@ from compress.schema import Heads
 LENGTHS = (2048, 4096, 8192)  # of which sizes are told
 WORDS = {"full": "full", "elastic": "elastic", "stride": "strided", "stream": "streaming"}
 BY_PROMPT = ("influence", "gauss_newton")  # scores whose prompts are kept one by one
-PASSES = {"duo": 5, "influence": 5, "gauss_newton": 26, "moa": 16}
-"""Forward passes that a prompt costs; any other score takes one."""
+PASSES = {"duo": 5, "influence": 5, "gauss_newton": 26, "moa": 2}
+"""Forward passes that a prompt costs, moa beside its influence; any other score takes one."""
 
 
 class HeadsStage:

@@ -79,7 +79,7 @@ class Heads(Section):
         " leaves out.",
     )
     forced: Share = Field(
-        default=0.0, description="moa: share of the KV heads, the first by echo score, that keep every token."
+        default=0.0, description="moa: share of the KV heads, the first by induction score, that keep every token."
     )
 
     @model_validator(mode="after")

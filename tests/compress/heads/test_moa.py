@@ -139,9 +139,9 @@ def test_heads_that_cost_most_keep_most(model: Path, tmp_path: Path, monkeypatch
     assert planned(tmp_path / "out").layers[1].heads[1].window.span(384) == 384
 
 
-def test_heads_with_the_highest_echo_are_forced(model: Path, tmp_path: Path) -> None:
+def test_heads_that_copy_are_forced(model: Path, tmp_path: Path) -> None:
     compressed(model, tmp_path / "out", forced=0.34)
-    best = [(layer, head) for layer, head, _ in read_profile(tmp_path / "out").ranking("echo")[:2]]
+    best = [(layer, head) for layer, head, _ in read_profile(tmp_path / "out").ranking("induction")[:2]]
     plan = planned(tmp_path / "out")
     assert all(plan.layers[layer].heads[head].window.full for layer, head in best)
 
