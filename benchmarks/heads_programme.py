@@ -28,7 +28,7 @@ def problem(layers: int, heads: int, most: int | None, seed: int) -> Problem:
     sizes = draw.lognormal(0, 2, (1, layers, heads, 1))
     speeds = draw.uniform(1, 20, (1, layers, heads, 1))
     costs = sizes * (np.exp(-speeds * densities[: len(PROFILED), None, None]) - np.exp(-speeds))
-    return Problem(costs * draw.uniform(0.8, 1.2, costs.shape), densities, limit=0.5, rules=most)
+    return Problem(costs * draw.uniform(0.8, 1.2, costs.shape), densities[:, None], limit=0.5, rules=most)
 
 
 @click.command()

@@ -9,7 +9,7 @@ scores gives all rules. Scores exist for a block of rows at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -38,6 +38,13 @@ class Span:
     def of(cls, rule: Rule, length: int) -> "Span":
         """At a length in tokens; a row always sees itself."""
         return cls(rule.sink, max(1, rule.window.span(length)), rule.stride)
+
+
+def placed(rule: Rule, layer: int) -> Rule:
+    """A rule as a layer has it: strides begin elsewhere in every layer, so that together they see everything."""
+    if rule.stride is None:
+        return rule
+    return replace(rule, stride=Stride(rule.stride.every, (rule.stride.phase + layer) % rule.stride.every))
 
 
 @dataclass(frozen=True)

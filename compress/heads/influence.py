@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.evalsuite.head import chunk_tokens, evaluating
-from compress.heads.bins import Span, changes, elementwise, row_blocks
+from compress.heads.bins import Span, changes, elementwise, placed, row_blocks
 from compress.heads.data import Item
 from compress.heads.layers import Layers
 from compress.plan_writer import Rule
@@ -34,7 +34,7 @@ def influence(model: PreTrainedModel, items: Sequence[Item], rules: Sequence[Rul
         model: a causal language model, left as it was.
         items: prompts; the loss is the mean cross-entropy of the tokens of their answers. The length that a rule's
             window follows is an item's own.
-        rules: what heads would see.
+        rules: what heads would see, strides with another phase in every layer (`placed`).
         published: MoA's sum of the influence of single keys, per query head, instead.
 
     Returns:
@@ -45,8 +45,8 @@ def influence(model: PreTrainedModel, items: Sequence[Item], rules: Sequence[Rul
     measure = elementwise if published else changes
     with evaluating(model), layers.tapped():
         for item in items:
-            spans = [Span.of(rule, len(item.ids)) for rule in rules]
             for seen, gradient in attention_gradients(layers, item):
+                spans = [Span.of(placed(rule, seen.layer), len(item.ids)) for rule in rules]
                 for rows in row_blocks(seen, gradient, first=min(span.sink + span.window for span in spans)):
                     by_head = measure(rows, spans)
                     grouped = by_head.view(rows.kv_heads.stop - rows.kv_heads.start, -1, *by_head.shape[1:]).sum(1)

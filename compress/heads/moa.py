@@ -1,9 +1,10 @@
 """MoA (arXiv 2406.14909): a window ``a + b N`` of its own for every KV head, N being the length of the text.
 
-Rules are those of the paper's grid that differ, full attention, and the window of a streaming head. What each costs is
-measured at several lengths (``influence``), a programme picks one for every KV head (``solve``), and of its few
-candidates the one is taken whose answers have the least loss on prompts that are longer than any that was profiled.
-Published plans are for query heads, which with grouped queries needs a larger cache than full attention: ours are not.
+Rules are those of the paper's grid that differ, full attention, the window of a streaming head, and that with further
+blocks at a fixed distance (S2-Attention, arXiv 2407.17678), shifted from layer to layer. What each costs is measured at
+several lengths (``influence``), a programme picks one for every KV head (``solve``), and of its few candidates the one
+is taken whose answers have the least loss on prompts that are longer than any that was profiled. Published plans are
+for query heads, which with grouped queries needs a larger cache than full attention: ours are not.
 """
 
 import time
@@ -22,6 +23,7 @@ from compress.evalsuite.head import evaluating
 from compress.evalsuite.sliding import context_of
 from compress.events import Message
 from compress.fingerprint import fingerprint_of
+from compress.heads.bins import placed
 from compress.heads.data import Item
 from compress.heads.influence import answer_loss, influence
 from compress.heads.layers import Layers
@@ -29,9 +31,10 @@ from compress.heads.methods import Found, full_layers, rule_of, writer_of
 from compress.heads.profiling import Profiler, Subject, prompts
 from compress.heads.select import dense_bytes
 from compress.heads.solve import Choice, Floats, Problem, candidates, solve
-from compress.kernels.flash_prefill import flash_prefill
+from compress.kv.layer import Cluster, Handle, PlanLayer
+from compress.kv.plain import PlainPart, Reach
 from compress.model import ModelFacts
-from compress.plan import BLOCK, AttentionPlan, Window
+from compress.plan import BLOCK, AttentionPlan, Stride, Window
 from compress.plan_writer import Rule
 from compress.schema import Heads
 from compress.tap import Seen, Tap
@@ -68,7 +71,7 @@ def spans(profiler: Profiler, facts: ModelFacts, start: AttentionPlan | None) ->
     for layer, own in zip(layers, found[best].rules, strict=True):
         for head, rule in enumerate(own):
             if rule != FULL:
-                writer.see(layer, head, rules[rule])
+                writer.see(layer, head, placed(rules[rule], layer))
     writer.score(costs[..., STREAM].mean(0).tolist(), max(settings.lengths))
     budget = {"metric": "kv_bytes", "retention": settings.retention, "tokens": settings.budget_tokens}
     own_facts = {
@@ -97,15 +100,16 @@ def check(settings: Heads, config: PreTrainedConfig) -> None:
     Raises:
         InputError: none could; the nearest budget that some keep to is told.
     """
-    costs = np.zeros((1, 1, 1, len(rules_of(settings))))
+    costs = np.zeros((1, len(_full(config)), 1, len(rules_of(settings))))
     solve(replace(_problem(settings, config, costs), whole=False), np.ones(1))
 
 
 def rules_of(settings: Heads) -> tuple[Rule, ...]:
-    """The rules of a recipe's section: full attention, a streaming head's, and those of the grid."""
+    """The rules of a recipe's section: full attention, a streaming head's, those of the grid, and with strides."""
+    stream = rule_of(settings)
     grid = rule_set(settings.lengths, settings.sink, _constrained(settings))
-    first = (Rule(settings.sink, Window()), rule_of(settings))
-    return _different((*first, *grid), _constrained(settings))
+    windows = _different((Rule(settings.sink, Window()), stream, *grid), _constrained(settings))
+    return (*windows, *(replace(stream, stride=Stride(every)) for every in settings.strides))
 
 
 def rule_set(profiled: Sequence[int], sink: int, told: Sequence[int]) -> tuple[Rule, ...]:
@@ -131,7 +135,12 @@ def _different(rules: Sequence[Rule], lengths: Sequence[int]) -> tuple[Rule, ...
 
 def kept(rule: Rule, length: int) -> int:
     """Tokens of so many that a head with a rule keeps."""
-    return min(rule.sink + rule.window.span(length), length)
+    span = rule.window.span(length)
+    near = min(rule.sink + span, length)
+    if rule.stride is None:
+        return near
+    blocks = np.arange(rule.sink, max(rule.sink, length - span)) // BLOCK
+    return near + int(((blocks - rule.stride.phase) % rule.stride.every == 0).sum())
 
 
 def _constrained(settings: Heads) -> tuple[int, ...]:
@@ -147,11 +156,11 @@ def _full(config: PreTrainedConfig) -> tuple[int, ...]:
 
 def _problem(settings: Heads, config: PreTrainedConfig, costs: Floats) -> Problem:
     """The programme; densities are bytes of the whole cache, layers with sliding windows among them."""
-    mark = fingerprint_of(config)
-    token = 4 * mark.head_dim * mark.kv_heads * len(_full(config))  # keys and values of 16 bits
-    rules, lengths = rules_of(settings), np.array(_constrained(settings))
-    dropped = np.array([[length - kept(rule, length) for rule in rules] for length in lengths])
-    table = 1 - token * dropped / np.array([[dense_bytes(config, length)] for length in lengths.tolist()])
+    mark, layers = fingerprint_of(config), _full(config)
+    token = 4 * mark.head_dim * mark.kv_heads * len(layers)  # keys and values of 16 bits
+    rules, lengths = rules_of(settings), _constrained(settings)
+    dropped = [[[n - kept(placed(rule, layer), n) for rule in rules] for layer in layers] for n in lengths]
+    table = 1 - token * np.array(dropped) / np.array([[[dense_bytes(config, length)]] for length in lengths])
     return Problem(costs, table, settings.retention, rules=settings.rules)
 
 
@@ -234,16 +243,24 @@ class Comparison:
         return prompts(Subject(lambda: subject.model, subject.tokenizer, subject.settings.model_copy(update=changed)))
 
     def tap(self, choice: Choice | None, length: int) -> Tap | None:
-        """Attention under a choice."""
+        """Attention under a choice, as the runtime has it."""
         if choice is None:
             return None
-        reach = {
-            layer: torch.tensor([[self.rules[r].sink, max(1, self.rules[r].window.span(length))] for r in own])
-            for layer, own in zip(self.layers, choice.rules, strict=True)
-        }
+        chosen = dict(zip(self.layers, choice.rules, strict=True))
 
         def narrow(seen: Seen) -> Tensor:
-            own = reach[seen.layer].to(seen.key.device)
-            return flash_prefill(seen.query, seen.key, seen.value, seen.scaling, reach=own)[0].transpose(1, 2)
+            heads: dict[int, list[int]] = {}
+            for head, rule in enumerate(chosen[seen.layer]):
+                heads.setdefault(rule, []).append(head)
+            clusters = [Cluster(tuple(own), self._part(rule, seen.layer, length)) for rule, own in heads.items()]
+            layer = PlanLayer(seen.layer, clusters)
+            held, _ = layer.update(seen.key, seen.value)
+            if not isinstance(held, Handle):
+                return seen.attend()  # nothing is dropped
+            return layer.attend(seen.query, None, seen.scaling).transpose(1, 2)
 
         return narrow
+
+    def _part(self, number: int, layer: int, length: int) -> PlainPart:
+        rule = placed(self.rules[number], layer)
+        return PlainPart(Reach(rule.sink, rule.window, rule.stride, length))

@@ -3,7 +3,7 @@
 With binary x[l, k, r], one of them for every head, a rule costs Z[n, l, k, r] at length n, and the density of the cache
 keeps to a budget at every constrained length m:
 
-    least * limit <= mean over heads of density[m, r] <= limit
+    least * limit <= mean over heads of density[m, l, r] <= limit
 
 A layer has at most so many different rules: y[l, r] >= x[l, k, r], and the sum of y[l] is bounded. Several lengths are
 several aims. In place of the published grid there are a few candidates, to be compared by what they do to the model:
@@ -37,7 +37,8 @@ class Problem:
 
     Attributes:
         costs: of the rules by length, [lengths, layers, KV heads, rules], none below 0.
-        densities: of the cache if every head had a rule, by constrained length, [constraints, rules].
+        densities: of the cache if every head had a layer's rule, by constrained length, [constraints, layers, rules];
+            one layer for all of them is enough.
         limit: of the mean density.
         least: share of the limit that is used at every constrained length.
         rules: different ones a layer, at most; None for any number.
@@ -129,7 +130,7 @@ def solve(problem: Problem, weights: Floats, name: str = "", largest: bool = Fal
         raise _refusal(problem, found.status)
     chosen = found.x[: columns.x].reshape(shape).argmax(-1)
     taken = np.take_along_axis(problem.costs, chosen[None, ..., None], -1).sum((1, 2, 3))
-    densities = problem.densities[:, chosen].mean((1, 2))
+    densities = np.take_along_axis(problem.densities, chosen[None], -1).mean((1, 2))
     rules = tuple(tuple(int(rule) for rule in layer) for layer in chosen)
     return Choice(name, rules, tuple(map(float, taken)), tuple(map(float, densities)), float(found.mip_gap or 0))
 
@@ -187,7 +188,8 @@ def _rows(problem: Problem, columns: _Columns, shift: bool = False) -> list[Row]
     _, layers, heads, rules = problem.costs.shape
     count = layers * heads
     one = columns.place(x=kron(eye_array(count), np.ones((1, rules))))
-    mean = np.tile(problem.densities / count, (1, count))
+    mean = np.broadcast_to(problem.densities[:, :, None] / count, (len(problem.densities), layers, heads, rules))
+    mean = mean.reshape(len(mean), -1)
     moved = np.tile([-1.0, 1.0], (len(mean), 1)) if shift else None
     least = None if moved is None else problem.least * moved
     found: list[Row] = [

@@ -73,6 +73,11 @@ class Heads(Section):
         " gated stream's own.",
     )
     rules: Literal[1, 2, 3] = Field(default=3, description="moa: different windows a layer, at most.")
+    strides: Annotated[tuple[Annotated[int, Ge(2)], ...], BeforeValidator(numbers), AfterValidator(distinct)] = Field(
+        default=(),
+        description=f"moa: rules besides, a streaming head that keeps every so-many-th block of {BLOCK} tokens too"
+        " (S2-Attention).",
+    )
     elementwise: bool = Field(
         default=False,
         description="moa: sum the influence of single keys, as published, instead of that of all keys that a rule"

@@ -233,6 +233,17 @@ def test_wider_windows_and_strides_are_rules_like_others() -> None:
     assert torch.allclose(exact[..., 2], alone, rtol=1e-4)
 
 
+def test_strides_begin_elsewhere_in_every_layer() -> None:
+    model, of = build_model("llama"), item(300)
+    found = influence(model, [of], [Rule(4, Window(64, 0.0), Stride(2))])[..., 0]
+    layers = Layers(model)
+    with evaluating(model), layers.tapped():
+        for seen, gradient in attention_gradients(layers, of):
+            each = direct(seen, gradient, [Span(4, 64, Stride(2, seen.layer % 2))])[..., 0]
+            expected = each.view(layers.kv_heads, -1, 300).sum(1).abs().sum(1).float()
+            assert torch.allclose(found[seen.layer], expected, rtol=1e-4)
+
+
 def test_scores_exist_for_a_block_of_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, gradient = shown(1000)
     monkeypatch.setattr(bins, "BLOCK_ELEMENTS", 1)

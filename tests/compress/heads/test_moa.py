@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compress.calibrate.errors import InputError
 from compress.evalsuite.head import evaluating
 from compress.kernels.flash_prefill.reference import flash_prefill
@@ -14,17 +15,18 @@ from runs import InterruptedRunError, Log
 
 from compress.events import Message, StepDone
 from compress.heads import moa
+from compress.heads.bins import placed
 from compress.heads.data import Item
 from compress.heads.influence import answer_loss
 from compress.heads.layers import Layers
-from compress.heads.moa import FULL, STREAM, rule_set, rules_of
+from compress.heads.moa import FULL, STREAM, kept, rule_set, rules_of
 from compress.heads.profile import read_profile
 from compress.heads.profiling import Subject
 from compress.heads.solve import Choice
 from compress.pipeline import RunResult, run
-from compress.plan import BLOCK, AttentionPlan, Window, read_plan
+from compress.plan import BLOCK, AttentionPlan, Source, Stride, Window, read_plan
 from compress.plan_compile import predict_bytes
-from compress.plan_writer import Rule
+from compress.plan_writer import PlanWriter, Rule
 from compress.schema import Heads
 from compress.tap import Seen
 
@@ -71,6 +73,25 @@ def test_rules_of_a_recipe_begin_with_full_attention_and_streaming_heads() -> No
     assert not any(rule.window.full for rule in rules[1:])
 
 
+def test_strides_are_rules_besides() -> None:
+    plain, rules = rules_of(Heads()), rules_of(Heads(strides=(4, 16)))
+    assert rules[:-2] == plain
+    assert rules[-2:] == tuple(Rule(64, Window(256, 0.0), Stride(every)) for every in (4, 16))
+
+
+@pytest.mark.parametrize("length", [200, 320, 321, 500, 2048])
+def test_what_a_stride_keeps_is_what_the_runtime_stores(length: int) -> None:
+    config, rule = build_model("llama").config, Rule(16, Window(64, 0.0), Stride(3))
+    empty = AttentionPlan.empty(config)
+    stored, wanted = predict_bytes(empty, config, length).stored, 0
+    writer = PlanWriter(empty, Source("moa"), 2048)
+    for layer in range(3):
+        for head in range(2):
+            writer.see(layer, head, placed(rule, layer))
+            wanted += kept(placed(rule, layer), length)
+    assert predict_bytes(writer.finish(), config, length).stored / stored == pytest.approx(wanted / 6 / length)
+
+
 # Plans
 
 
@@ -93,7 +114,7 @@ def test_a_plan_keeps_to_its_budget_at_all_lengths(outcome: tuple[Path, RunResul
     assert section["constrained"] == [320, 384, 500]
     chosen = next(each for each in section["candidates"] if each["name"] == section["chosen"])
     for length, density in zip((320, 384, 500), chosen["densities"], strict=True):
-        stored, dense = (predict_bytes(each, config, length).stored for each in (plan, AttentionPlan.empty(config)))
+        stored, dense = (predict_bytes(each, config, length).stored for each in (plan, no_plan()))
         assert stored / dense == pytest.approx(density)
         assert 0.45 - 1e-6 <= stored / dense <= 0.5 + 1e-6
     assert section["retention"] <= 0.5 + 1e-9
@@ -137,6 +158,31 @@ def test_heads_that_cost_most_keep_most(model: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(moa.Comparison, "loss", lambda self, choice: 1.0)
     compressed(model, tmp_path / "out")
     assert planned(tmp_path / "out").layers[1].heads[1].window.span(384) == 384
+
+
+def test_strides_are_chosen_where_they_cost_least_and_shifted_by_layer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cheap(of: Any, items: Sequence[Item], rules: Sequence[Rule], published: bool) -> torch.Tensor:
+        strided = torch.tensor([rule.stride is not None or rule.window.full for rule in rules])
+        return torch.where(strided, 0.0, 1.0).expand(3, 2, -1)
+
+    monkeypatch.setattr(moa, "influence", cheap)
+    found = compressed(model, tmp_path / "out", strides=[3], retention=0.6)
+    plan = planned(tmp_path / "out")
+    heads = [(n, head) for n, layer in enumerate(plan.layers) for head in layer.heads if head.stride is not None]
+    assert {layer for layer, _ in heads} == {0, 1, 2}
+    assert all(head.stride == Stride(3, layer) and head.window == Window(64, 0.0) for layer, head in heads)
+    section = found.report["heads"]
+    for length, density in zip((320, 384, 500), section["candidates"][0]["densities"], strict=True):
+        sizes = [predict_bytes(each, build_model("llama").config, length).stored for each in (plan, no_plan())]
+        assert sizes[0] / sizes[1] == pytest.approx(density)
+        assert density <= 0.6 + 1e-6
+    assert "strided" in section["summary"]
+
+
+def no_plan() -> AttentionPlan:
+    return AttentionPlan.empty(build_model("llama").config)
 
 
 def test_heads_that_copy_are_forced(model: Path, tmp_path: Path) -> None:
@@ -194,6 +240,22 @@ def test_a_choice_is_applied_to_every_head() -> None:
         )
     assert found == pytest.approx(by_hand, rel=1e-5)
     assert found != pytest.approx(dense, rel=1e-5)
+
+
+def test_strided_heads_see_their_blocks() -> None:
+    """Output of a layer with a head of each kind, against masks."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 300, 16, generator=generator) for heads in (6, 3, 3))
+    rules = (Rule(4, Window()), Rule(4, Window(64, 0.0)), Rule(4, Window(64, 0.0), Stride(3)))
+    tap = moa.Comparison(None, rules, [1]).tap(Choice("", ((2, 0, 1),), (), ()), 300)  # type: ignore[arg-type]
+    assert tap is not None
+    found = tap(Seen(1, query, key, value, 0.25, lambda: query.transpose(1, 2)))
+    row, there = torch.arange(300)[:, None], torch.arange(300)
+    near = (there < 4) | (there > row - 64)
+    seen = torch.stack([near | (there // BLOCK % 3 == 1), torch.ones_like(near), near]) & (there <= row)
+    wide = (x.repeat_interleave(2, 1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(query, *wide, seen.repeat_interleave(2, 0)[None], scale=0.25)
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-5)
 
 
 def test_costs_are_means_by_length(

@@ -8,13 +8,13 @@ from compress.calibrate.errors import InputError
 
 from compress.heads.solve import GAP, Problem, candidates, solve
 
-DENSITIES = np.array([[0.1, 0.3, 0.5, 0.7, 1.0], [0.05, 0.3, 0.3, 0.75, 1.0]])
+DENSITIES = np.array([[0.1, 0.3, 0.5, 0.7, 1.0], [0.05, 0.3, 0.3, 0.75, 1.0]])[:, None]  # alike in all layers
 
 
 def problem(layers: int = 2, heads: int = 2, seed: int = 0, **changes: object) -> Problem:
     """Costs that fall as more is kept, heads with different needs; two lengths."""
     draw = np.random.default_rng(seed)
-    costs = draw.lognormal(0, 2, (2, layers, heads, 1)) * (1 - DENSITIES[:, None, None]) ** 2
+    costs = draw.lognormal(0, 2, (2, layers, heads, 1)) * (1 - DENSITIES[:, :, None]) ** 2
     return Problem(**{"costs": costs, "densities": DENSITIES, "limit": 0.5, "least": 0.8, "rules": None, **changes})  # type: ignore[arg-type]
 
 
@@ -24,7 +24,7 @@ def all_choices(of: Problem) -> list[np.ndarray]:
     found = []
     for picked in product(range(rules), repeat=layers * heads):
         chosen = np.array(picked).reshape(layers, heads)
-        density = of.densities[:, chosen].mean((1, 2))
+        density = np.take_along_axis(of.densities, chosen[None], -1).mean((1, 2))
         few = of.rules is None or max(len(set(layer)) for layer in chosen.tolist()) <= of.rules
         allowed = of.allowed is None or np.take_along_axis(of.allowed, chosen[..., None], -1).all()
         if few and allowed and (density <= of.limit + 1e-9).all() and (density >= of.least * of.limit - 1e-9).all():
@@ -50,7 +50,20 @@ def test_no_choice_is_cheaper(
     best = min(float(costs_of(of, chosen) @ weights) for chosen in possible)
     assert np.dot(found.costs, weights) == pytest.approx(best, rel=GAP)
     assert np.allclose(found.costs, costs_of(of, np.array(found.rules)))
-    assert np.allclose(found.densities, of.densities[:, np.array(found.rules)].mean((1, 2)))
+    assert np.allclose(found.densities, of.densities[:, 0, np.array(found.rules)].mean((1, 2)))
+
+
+def test_layers_may_have_densities_of_their_own() -> None:
+    """The same rules keep less in one layer than in the other."""
+    own = np.concatenate([DENSITIES, DENSITIES * 0.8], 1)
+    of = problem(densities=own, rules=2)
+    found = solve(of, np.ones(2))
+    best = min(all_choices(of), key=lambda chosen: float(costs_of(of, chosen).sum()))
+    assert sum(found.costs) == pytest.approx(float(costs_of(of, best).sum()), rel=GAP)
+    for length in range(2):
+        kept = [own[length, layer, rule] for layer in range(2) for rule in found.rules[layer]]
+        assert found.densities[length] == pytest.approx(np.mean(kept))
+    assert found.rules != solve(problem(rules=2), np.ones(2)).rules
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -99,8 +112,8 @@ def test_a_length_that_costs_nothing_is_no_division_by_zero() -> None:
 )
 def test_a_limit_that_cannot_be_met_names_the_nearest(limit: float, densities: object, nearest: float) -> None:
     """Less than 0.1 there is not; with one rule for all there is nothing between 0.1 and 0.5 either."""
-    table = np.array(densities)
-    of = problem(costs=np.ones((1, 1, 2, table.shape[1])), densities=table, limit=limit, least=0.9, rules=1)
+    table = np.array(densities)[:, None]
+    of = problem(costs=np.ones((1, 1, 2, table.shape[-1])), densities=table, limit=limit, least=0.9, rules=1)
     with pytest.raises(InputError, match=f"heads.retention={limit}: .*nearest that can be met is {nearest}$"):
         solve(of, np.ones(1))
     assert solve(problem(costs=of.costs, densities=table, limit=nearest, least=0.9, rules=1), np.ones(1))
