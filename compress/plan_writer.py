@@ -40,11 +40,10 @@ class PlanWriter:
     Args:
         plan: what others have written, or an empty plan.
         source: the method and what it worked from.
-        length: tokens of the longest text that the plan is meant for.
     """
 
-    def __init__(self, plan: AttentionPlan, source: Source, length: int) -> None:
-        self.method, self.length = source.method, length
+    def __init__(self, plan: AttentionPlan, source: Source) -> None:
+        self.method = source.method
         self.notes: list[str] = []
         self._plan = replace(plan, sources=(*plan.sources, source))
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.evalsuite.sliding import context_of
 from compress.heads.profiling import Profiler
 from compress.heads.select import Budget, Ranking, how_many, rank, stream
 from compress.model import ModelFacts
@@ -14,7 +13,6 @@ from compress.plan import AttentionPlan, Source, Window
 from compress.plan_writer import PlanWriter, Rule
 from compress.schema import Heads
 
-LONGEST = 8192  # tokens a plan is meant for where the model names no limit
 STEP = 0.01  # of gates that aren't told apart: what the last steps of the optimisation move them by
 
 
@@ -92,7 +90,7 @@ def writer_of(profiler: Profiler, facts: ModelFacts, start: AttentionPlan | None
     arguments = settings.model_dump(mode="json")
     prompts = profiler.profile().items
     source = Source(name, arguments, prompts, seed=settings.seed, tool_version=version("compress"))
-    return PlanWriter(start or AttentionPlan.empty(facts.config), source, context_of(facts.config) or LONGEST)
+    return PlanWriter(start or AttentionPlan.empty(facts.config), source)
 
 
 def _threshold(

@@ -93,7 +93,7 @@ def stream(writer: PlanWriter, config: PreTrainedConfig, rule: Rule, keep: tuple
 
 def streaming_plan(config: PreTrainedConfig, rule: Rule, keep: tuple[Head, ...]) -> AttentionPlan:
     """A plan of these heads and nothing else; see :func:`stream`."""
-    writer = PlanWriter(AttentionPlan.empty(config), Source("heads"), rule.sink + rule.window.a)
+    writer = PlanWriter(AttentionPlan.empty(config), Source("heads"))
     stream(writer, config, rule, keep)
     return writer.finish()
 

@@ -30,7 +30,6 @@ _PLAIN = {
     "flush": GROUP, "first_flush": 1,
 }  # fmt: skip
 _KIVI_RESIDUAL = 128
-_LONG = 2**17  # tokens that a plan is meant for: no head of full attention is short
 _HQQ_AXIS = 1  # transformers' default, 0, isn't one that HQQ groups numbers of a token by
 
 
@@ -67,7 +66,7 @@ def plan_of(
     decoder = config.get_text_config(decoder=True)
     sliding = sliding_layers(decoder)
     packed = [index for index in range(decoder.num_hidden_layers) if index not in sliding]
-    writer = PlanWriter(AttentionPlan.empty(config), Source(settings.method), _LONG)
+    writer = PlanWriter(AttentionPlan.empty(config), Source(settings.method))
     writer.packing(packing_of(settings, seed))
     for layer, held in bits_of(settings, packed).items():
         writer.kv(layer, held)

@@ -171,8 +171,7 @@ def _plan(
     source = Source(
         settings.method, settings.model_dump(mode="json"), digest, seed=seed, tool_version=version("compress")
     )
-    longest = getattr(facts.config, "max_position_embeddings", None) or max(LENGTHS)
-    writer = PlanWriter(start or AttentionPlan.empty(facts.config), source, longest)
+    writer = PlanWriter(start or AttentionPlan.empty(facts.config), source)
     writer.packing(packing_of(settings, seed))
     for layer, found in bits.items():
         writer.kv(layer, found)

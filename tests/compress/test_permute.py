@@ -29,7 +29,7 @@ def ids(length: int) -> Tensor:
 
 def planned(model: PreTrainedModel) -> AttentionPlan:
     """Every other KV head streams, and all layers are ordered by that."""
-    writer = PlanWriter(AttentionPlan.empty(model.config), Source("duo"), 512)
+    writer = PlanWriter(AttentionPlan.empty(model.config), Source("duo"))
     kv_heads = writer.finish().fingerprint.kv_heads
     for layer in range(model.config.num_hidden_layers):
         for head in range(0, kv_heads, 2):

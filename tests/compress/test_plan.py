@@ -42,8 +42,8 @@ def config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**(settings | changes))
 
 
-def writer(method: str = "zipcache", plan: AttentionPlan | None = None, length: int = 8192) -> PlanWriter:
-    return PlanWriter(plan or AttentionPlan.empty(config()), Source(method), length)
+def writer(method: str = "zipcache", plan: AttentionPlan | None = None) -> PlanWriter:
+    return PlanWriter(plan or AttentionPlan.empty(config()), Source(method))
 
 
 def packed(**changes: Any) -> AttentionPlan:
@@ -320,7 +320,7 @@ def test_compiling_gives_arrays_and_clusters() -> None:
 
 def test_more_rules_than_the_runtime_keeps_apart_are_refused() -> None:
     wide = config(num_attention_heads=8, num_key_value_heads=4, hidden_size=128)
-    duo = PlanWriter(AttentionPlan.empty(wide), Source("moa"), 8192)
+    duo = PlanWriter(AttentionPlan.empty(wide), Source("moa"))
     for head in range(4):
         duo.see(2, head, Rule(16, Window(a=64 * (head + 1), b=0.0), Stride(8) if head else None))
     with pytest.raises(InputError, match="layer 2 has 4 different rules at 4096 tokens"):
@@ -349,7 +349,7 @@ def test_zipcache_plus_is_as_small_as_promised(layers: int, heads: int, width: i
     model = config(
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads * width
     )
-    own = PlanWriter(AttentionPlan.empty(model), Source("zipcache"), length)
+    own = PlanWriter(AttentionPlan.empty(model), Source("zipcache"))
     own.packing(Packing())
     for layer in range(layers):
         own.kv(layer, KVBits(ratio=1.0) if layer in (0, layers - 1) else KVBits())

@@ -26,7 +26,7 @@ def ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def packed_plan(model: PreTrainedModel, bits: KVBits | None = None, packing: Packing = SMALL) -> AttentionPlan:
-    writer = PlanWriter(AttentionPlan.empty(model.config), Source("zipcache"), 512)
+    writer = PlanWriter(AttentionPlan.empty(model.config), Source("zipcache"))
     writer.packing(packing)
     for layer in range(model.config.num_hidden_layers):
         if layer not in AttentionPlan.empty(model.config).fingerprint.sliding:
@@ -218,7 +218,7 @@ def test_a_cache_that_knows_nothing_of_the_plan_is_refused(kind: str) -> None:
 
 
 def windowed_plan(model: PreTrainedModel) -> AttentionPlan:
-    writer = PlanWriter(AttentionPlan.empty(model.config), Source("duo"), 512)
+    writer = PlanWriter(AttentionPlan.empty(model.config), Source("duo"))
     for layer in range(model.config.num_hidden_layers):
         writer.see(layer, layer % 2, Rule(4, Window(a=64, b=0.0)))
     return writer.finish()
@@ -277,7 +277,7 @@ def test_what_the_cache_does_not_run_is_refused(part: str) -> None:
 
 def test_heads_of_a_layer_may_be_packed_differently() -> None:
     model = planned()
-    writer = PlanWriter(AttentionPlan.empty(model.config), Source("zipcache"), 512)
+    writer = PlanWriter(AttentionPlan.empty(model.config), Source("zipcache"))
     writer.packing(SMALL)
     writer.kv(1, KVBits(ratio=1.0), (0,))
     writer.kv(1, KVBits(ratio=0.0), (1,))

@@ -84,7 +84,7 @@ def test_what_a_stride_keeps_is_what_the_runtime_stores(length: int) -> None:
     config, rule = build_model("llama").config, Rule(16, Window(64, 0.0), Stride(3))
     empty = AttentionPlan.empty(config)
     stored, wanted = predict_bytes(empty, config, length).stored, 0
-    writer = PlanWriter(empty, Source("moa"), 2048)
+    writer = PlanWriter(empty, Source("moa"))
     for layer in range(3):
         for head in range(2):
             writer.see(layer, head, placed(rule, layer))
