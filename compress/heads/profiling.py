@@ -196,7 +196,9 @@ def prompts(subject: Subject) -> list[Item]:
     if settings.prompts != "passkey":
         documents = open_text(PYDOC).documents
         for number, length in enumerate(settings.lengths):
-            texts = Random(settings.seed * 1000 + number).choices(documents, k=settings.items)
+            draw = Random(settings.seed * 1000 + number)
+            # most documents are short: others follow them, so that prompts are as long as asked for
+            texts = ["\n\n".join(draw.sample(documents, len(documents))) for _ in range(settings.items)]
             found += answered_items(subject.model, tokenizer, texts, length, ANSWER, settings.seed)
     return sorted(found, key=lambda item: len(item.ids))
 

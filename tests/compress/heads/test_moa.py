@@ -1,7 +1,9 @@
 """MoA: its rules, its plans within their budget, what it compares them on, and resuming."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from compress.evalsuite.head import evaluating
 from compress.kernels.flash_prefill.reference import flash_prefill
 from models import build_model, save_tiny
 from runs import InterruptedRunError, Log
+from transformers import AutoTokenizer
 
 from compress.events import Message, StepDone
-from compress.heads import moa
+from compress.heads import moa, profiling
 from compress.heads.bins import placed
 from compress.heads.data import Item
 from compress.heads.influence import answer_loss
@@ -216,6 +219,17 @@ def test_a_stopped_run_goes_on_where_it_was(model: Path, tmp_path: Path, outcome
 
 
 # What candidates are compared by
+
+
+def test_prompts_of_both_kinds_are_as_long_as_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short the documents are."""
+    texts = SimpleNamespace(documents=[f"This is text {number}." for number in range(90)])
+    monkeypatch.setattr(profiling, "open_text", lambda _: texts)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    settings = Heads(lengths=(384, 480), items=1)
+    found = profiling.prompts(Subject(lambda: build_model("llama"), tokenizer, settings))
+    assert Counter(item.kind for item in found) == {"passkey": 2, "answered": 2}
+    assert [round(len(item.ids), -2) for item in found] == [400, 400, 500, 500]
 
 
 def test_a_choice_is_applied_to_every_head() -> None:
