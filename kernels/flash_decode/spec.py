@@ -32,11 +32,14 @@ CASES = (
 )
 
 
-def _compiled(width: int, dtype: torch.dtype, part: int, limits: Limits, narrowed: bool = False) -> Compiled:
+def _compiled(
+    width: int, dtype: torch.dtype, part: int, limits: Limits, narrowed: bool = False, tokens: int = 1
+) -> Compiled:
     def launch() -> Launch:
-        return triton.launches(*compiled_arguments(1, 32768, width, dtype, narrowed))[1][part]
+        return triton.launches(*compiled_arguments(tokens, 32768, width, dtype, narrowed))[1][part]
 
-    name = f"{('split', 'merge')[part]}-d{width}-{str(dtype).removeprefix('torch.')}{'-narrowed' if narrowed else ''}"
+    kind = f"{('split', 'merge')[part]}{'' if tokens == 1 else f'-r{4 * tokens}'}"
+    name = f"{kind}-d{width}-{str(dtype).removeprefix('torch.')}{'-narrowed' if narrowed else ''}"
     return Compiled(name, launch, limits)
 
 
@@ -54,6 +57,12 @@ SPEC = OpSpec(
         _compiled(128, torch.float16, 0, Limits(registers=128), narrowed=True),
         _compiled(256, torch.bfloat16, 0, Limits(registers=168)),
         _compiled(64, torch.float32, 0, Limits(mma=False)),
+        _compiled(64, torch.float16, 0, Limits(wgmma=True), tokens=16),
+        _compiled(128, torch.float16, 0, Limits(wgmma=True), tokens=16),
+        _compiled(128, torch.bfloat16, 0, Limits(), narrowed=True, tokens=8),
+        _compiled(256, torch.bfloat16, 0, Limits(), tokens=16),
+        _compiled(128, torch.float32, 0, Limits(mma=False), tokens=8),
+        _compiled(128, torch.float32, 0, Limits(mma=False), tokens=16),
         _compiled(128, torch.float16, 1, Limits(registers=64, mma=False)),
         _compiled(256, torch.bfloat16, 1, Limits(registers=64, mma=False)),
     ),
