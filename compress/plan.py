@@ -56,12 +56,35 @@ class Stride:
 
 @dataclass(frozen=True, config=_STRICT)
 class TopK:
-    """Far tokens that are searched for: ``a + b N`` of them, by a policy, anew every ``refresh`` steps."""
+    """Far tokens that are searched for, ``k`` of them, by a policy; they aren't dropped, only not attended."""
 
-    a: int
-    b: float = 0.0
-    policy: Literal["hip", "sea", "quest", "h2o"] = "hip"
-    refresh: int = Field(default=1, ge=1)
+    k: int = Field(ge=64)
+    policy: Literal["hip", "quest", "block_mean"] = "hip"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Search:
+    """How heads search for far tokens, for the whole cache (arXiv 2406.09827, arXiv 2502.08910).
+
+    Attributes:
+        sink: first tokens, always seen.
+        window: newest tokens, always seen.
+        block_q: rows of a prompt that share a list.
+        block_k: tokens of a block.
+        pool: rows of a prompt that hip's scores average.
+        keep: most tokens that hip's second and third stage look at.
+        refresh: steps of decoding after which hip's stages are done again, and the last of them for other policies.
+        gate: tokens up to which attention is dense; None: as measured on the machine.
+    """
+
+    sink: int = Field(default=128, ge=0)
+    window: int = Field(default=1024, ge=64)
+    block_q: int = Field(default=64, ge=1)
+    block_k: int = Field(default=8, ge=2)
+    pool: int = Field(default=4, ge=1)
+    keep: tuple[int, int] = (32768, 8192)
+    refresh: tuple[int, int, int] = (32, 16, 8)
+    gate: int | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -208,6 +231,7 @@ class AttentionPlan:
         fingerprint: of the model.
         layers: in order.
         packing: of all packed heads; None where nothing is packed.
+        search: of all heads that search; None where none does.
         writers: which method wrote which part: kv, window, stride, topk, summary, share, calibration.
         sources: the methods in the order in which they wrote.
         budget: what a method was asked to stay below, in its own words.
@@ -219,6 +243,7 @@ class AttentionPlan:
     fingerprint: Fingerprint
     layers: tuple[Layer, ...]
     packing: Packing | None = None
+    search: Search | None = None
     writers: dict[str, str] = field(default_factory=dict)
     sources: tuple[Source, ...] = ()
     budget: dict[str, Any] | None = None
@@ -285,7 +310,9 @@ class AttentionPlan:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            known = [f.name for kind in (AttentionPlan, Layer, Head, Packing, KVBits, Window) for f in fields(kind)]
+            known = [
+                f.name for kind in (AttentionPlan, Layer, Head, Packing, Search, KVBits, Window) for f in fields(kind)
+            ]
             fix = did_you_mean(str(first["loc"][-1]), known) if first["type"] == "unexpected_keyword_argument" else None
             raise InputError(where, None, f"{place}: {first['msg'].lower()}", fix=fix) from error
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

@@ -14,6 +14,7 @@ from compress.plan import (
     KVBits,
     Layer,
     Packing,
+    Search,
     Share,
     Source,
     Stride,
@@ -87,6 +88,15 @@ class PlanWriter:
         self._own("topk")
         (head,) = self._heads(layer, (head,))
         self._change(layer, {head: replace(self._plan.layers[layer].heads[head], topk=topk)})
+
+    def search(self, search: Search) -> None:
+        """How heads search for far tokens.
+
+        Raises:
+            InputError: another method has said so already.
+        """
+        self._own("topk")
+        self._plan = replace(self._plan, search=search)
 
     def calibrate(self, layer: int, head: int, calibration: Calibration) -> None:
         """Re-weight a head's sinks (ACT).
@@ -168,10 +178,8 @@ class PlanWriter:
     def _check_head(self, place: str, head: Head) -> None:
         if head.topk is not None and not head.window.full:
             raise self._conflict(f"{place}: far tokens are searched for, and the window drops them", "topk", "window")
-        if head.calibration is not None and head.topk is not None and head.topk.policy == "h2o":
-            raise self._conflict(
-                f"{place}: attention is re-weighted, and h2o drops by the same column sums", "calibration", "topk"
-            )
+        if head.topk is not None and head.kv is not None:
+            raise self._conflict(f"{place}: far tokens are searched for, and keys are packed", "topk", "kv")
         if head.calibration is not None and head.kv is not None and head.kv.scored:
             raise self._conflict(
                 f"{place}: attention is re-weighted, and saliency reads the same column sums", "calibration", "kv"

@@ -31,5 +31,10 @@ def pick(device: torch.device, has_triton: bool = True, has_native: bool = False
     if device.type == "cpu" and has_native:
         library = native.library()
         if library is not None:
-            return cast(Path, f"native-{library.name}")
+            return native_path(library)
     return "reference"
+
+
+def native_path(library: native.Library) -> Path:
+    """What the path through a build of the C++ library is called."""
+    return cast(Path, f"native-{library.name}")

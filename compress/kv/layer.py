@@ -238,9 +238,7 @@ class PlanLayer(CacheLayerMixin):
 
     def _drops(self, length: int) -> bool:
         """Whether a head doesn't see all of so many tokens."""
-        return any(
-            isinstance(cluster.part, PlainPart) and cluster.part.reach.drops(length) for cluster in self.clusters
-        )
+        return any(isinstance(cluster.part, PlainPart) and cluster.part.drops(length) for cluster in self.clusters)
 
     def _part_with(self, mask: Tensor | None) -> None:
         """Give what was whole to the parts."""
@@ -261,7 +259,7 @@ class PlanLayer(CacheLayerMixin):
         """One new token of every sequence; heads without packed or far tokens attend together."""
         held: list[tuple[Cluster, PlainPart, tuple[int, ...]]] = []
         for cluster in self.clusters:
-            if not isinstance(cluster.part, PlainPart) or cluster.part.reach.stride is not None:
+            if not isinstance(cluster.part, PlainPart) or not cluster.part.joins:
                 return self._each(query, key, value, lambda part, q, new: part.step(q, new, scaling))
             heads = tuple(range(key.shape[1])) if cluster.heads is None else cluster.heads
             held.append((cluster, cluster.part, heads))

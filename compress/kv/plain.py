@@ -86,6 +86,15 @@ class PlainPart:
         self.far_places = torch.zeros(len(key), 0, dtype=torch.int64)
 
     @property
+    def joins(self) -> bool:
+        """Whether one call can attend for its heads and others: all that they see is near."""
+        return self.reach.stride is None
+
+    def drops(self, length: int) -> bool:
+        """Whether its heads don't see all of so many tokens."""
+        return self.reach.drops(length)
+
+    @property
     def croppable(self) -> bool:
         """Whether nothing was dropped yet."""
         return self.ring is None or not bool(self._turned().any())

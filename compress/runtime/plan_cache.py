@@ -13,9 +13,12 @@ from compress.kv.packed import PackedFormat, PackedPart
 from compress.kv.part import Part
 from compress.kv.plain import PlainPart, Reach
 from compress.kv.rotation import Rotation
-from compress.plan import FILE, AttentionPlan, Head, Layer
+from compress.kv.searched import SearchedPart
+from compress.plan import FILE, AttentionPlan, Head, Layer, TopK
 from compress.plan_compile import MOST_CLUSTERS
 from compress.plan_order import PERMUTED, as_loaded
+from compress.sparse.finder import Finder, finder
+from compress.sparse.gate import Heads, gate_of
 
 FULL = "full_attention"
 
@@ -64,10 +67,17 @@ class PlanCache(Cache):
         return PlanLayer(index, clusters)
 
     def _part(self, index: int, rule: Head) -> Part:
+        if rule.topk is not None:
+            return SearchedPart(self._finder(rule.topk))
         if rule.kv is None:
             return PlainPart(Reach(rule.sink, rule.window, rule.stride, self.length))
         assert self.plan.packing is not None
         return PackedPart(PackedFormat(self.plan.packing, rule.kv, index, self.rotation))
+
+    def _finder(self, topk: TopK) -> Finder:
+        assert self.plan.search is not None
+        mark, search = self.plan.fingerprint, self.plan.search
+        return finder(topk, search, gate_of(topk, search, Heads(mark.heads, mark.kv_heads, mark.head_dim)))
 
     def nbytes(self) -> KVBytes:
         """Bytes of all layers and of what they share; what isn't packed is payload."""
@@ -89,7 +99,7 @@ def _rules(layer: Layer) -> dict[Head, tuple[int, ...]]:
 
 def _check(plan: AttentionPlan, index: int, layer: Layer) -> None:
     """Raise for what this cache doesn't do."""
-    parts = {"topk": any(head.topk for head in layer.heads), "share": layer.share is not None}
+    parts = {"share": layer.share is not None}
     parts["summary"] = any(head.summary != "none" for head in layer.heads)
     parts["calibration"] = any(head.calibration for head in layer.heads)
     for part, there in parts.items():
@@ -101,6 +111,12 @@ def _check(plan: AttentionPlan, index: int, layer: Layer) -> None:
         raise InputError(FILE, None, problem, allowed="packed heads see everything, heads with a window keep 16 bits")
     if any(head.kv for head in layer.heads) and plan.packing is None:
         raise InputError(FILE, None, f"layer {index}: KV bits are given, and not how tokens are packed")
+    searching = [head for head in layer.heads if head.topk is not None]
+    if any(head.kv is not None or not head.window.full or head.stride is not None for head in searching):
+        problem = f"layer {index}: a KV head that searches for far tokens packs or drops some too"
+        raise InputError(FILE, None, problem, allowed="a head that searches keeps all tokens at 16 bits")
+    if searching and plan.search is None:
+        raise InputError(FILE, None, f"layer {index}: far tokens are to be searched for, and not how")
     if len(_rules(layer)) > MOST_CLUSTERS:
         problem = f"layer {index} has {len(_rules(layer))} different rules"
         raise InputError(FILE, None, problem, allowed=f"at most {MOST_CLUSTERS} a layer")

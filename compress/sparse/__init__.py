@@ -1,1 +1,1 @@
-"""Dynamic sparse attention: producers of block lists, which the kernels attend by (compress.kernels.block_attention)."""
+"""Dynamic sparse attention: producers of block lists, which compress.kernels.block_attention attends by."""

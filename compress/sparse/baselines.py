@@ -13,8 +13,6 @@ from torch import Tensor
 from compress.kernels.attention_mass import attention_mass
 from compress.kernels.block_attention import BlockList
 
-Bounds = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -101,12 +99,15 @@ def _nothing(q: Tensor, k: Tensor, shape: Shape) -> Tensor:
 
 
 def _listed(scores: Tensor, q: Tensor, k: Tensor, shape: Shape) -> BlockList:
-    """The best blocks that lie between the sink and the window of a block's first row."""
+    """The best blocks between the sink and the window of a block's first row, which reaches back to a block's end."""
     place = torch.arange(scores.shape[2], device=q.device) * shape.block_q + k.shape[2] - q.shape[2]
     starts = shape.sink + torch.arange(scores.shape[3], device=q.device) * shape.block_k
-    hidden = starts + shape.block_k > (place - shape.window + 1)[:, None]
+    window = (
+        shape.window + (k.shape[2] - q.shape[2] - shape.window + 1 - shape.sink) % shape.block_k
+    )  # to a block's end
+    hidden = starts + shape.block_k > (place - window + 1)[:, None]
     scores = scores.masked_fill(hidden, -math.inf)
     best = scores.topk(min(shape.k // shape.block_k, scores.shape[3]), dim=3)
     named = torch.where(best.values == -math.inf, 1 << 30, starts[best.indices]).sort(dim=3).values
     counts = (named < 1 << 30).sum(3)
-    return BlockList(named.int(), counts.int(), shape.block_q, shape.block_k, shape.sink, shape.window)
+    return BlockList(named.int(), counts.int(), shape.block_q, shape.block_k, shape.sink, window)

@@ -61,7 +61,7 @@ class HipSettings:
         stages: from coarse to fine; the last one's chunk is the list's block.
 
     Raises:
-        ValueError: chunks that aren't ever finer powers of two, or pools that don't divide ``block_q``.
+        ValueError: chunks that aren't ever finer powers of two; a last chunk or pools that don't divide ``block_q``.
     """
 
     k: int = 1024
@@ -74,9 +74,11 @@ class HipSettings:
         chunks = [stage.chunk for stage in self.stages]
         if not chunks or any(size < 2 or size & (size - 1) for size in chunks) or chunks != sorted(set(chunks))[::-1]:
             raise ValueError(f"stages must have ever smaller chunks, powers of two of at least 2, got {chunks}")
-        for stage in self.stages:
-            if self.block_q % stage.pool:
-                raise ValueError(f"block_q={self.block_q} isn't a multiple of a stage's pool of {stage.pool} rows")
+        for part in (self.block_k, *(stage.pool for stage in self.stages)):
+            if self.block_q % part:
+                raise ValueError(
+                    f"block_q={self.block_q} isn't a multiple of {part}, a block of keys or a pool of rows"
+                )
         if self.k < self.block_k or self.window < 1 or self.sink < 0:
             raise ValueError(f"k={self.k}, sink={self.sink}, window={self.window}: at least {self.block_k}, 0 and 1")
 
@@ -103,23 +105,23 @@ class HipState:
     blocks: BlockList
 
 
-def search(q: Tensor, k: Tensor, settings: HipSettings, bounds: Tensor | None = None) -> BlockList:
-    """Lists for the last R tokens of every sequence, one for all query heads of a KV head.
+def search(q: Tensor, k: Tensor, settings: HipSettings) -> BlockList:
+    """Lists for the last R of T tokens, one for all query heads of a KV head.
 
     Args:
         q: queries after rotary embedding ``[B, H, R, D]``.
         k: keys after rotary embedding ``[B, Hkv, T, D]``.
         settings: how to search.
-        bounds: ``[B, 2]``, first slot and one past the last of every sequence; None: all slots.
 
     Returns:
         Lists ``[B, Hkv, ceil(R / block_q), min(k, T) / block_k]`` of blocks between the sink and the first row's
-        window; of rows that see everything anyway, empty ones.
+        window, which reaches back to a block's end; of rows that see everything anyway, empty ones.
     """
+    bounds = torch.tensor([[0, k.shape[2]]], device=q.device).expand(len(q), 2)
     return _Search(q, k, settings, bounds).lists()
 
 
-def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | None, bounds: Tensor | None) -> HipState:
+def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | None, bounds: Tensor) -> HipState:
     """The list for one new token of every sequence, searched for as far as its intervals ask.
 
     Args:
@@ -127,7 +129,7 @@ def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | Non
         k: keys ``[B, Hkv, T, D]``, the new token's among them.
         settings: how to search.
         state: what the former token's search left; None: search everywhere.
-        bounds: as for `search`.
+        bounds: ``[B, 2]``, first slot and one past the last of every sequence.
     """
     return _Search(q, k, settings, bounds).continued(state)
 
@@ -135,16 +137,17 @@ def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | Non
 class _Search:
     """One search; N counts sequences, KV heads and blocks of rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, settings: HipSettings, bounds: Tensor | None) -> None:
+    def __init__(self, q: Tensor, k: Tensor, settings: HipSettings, bounds: Tensor) -> None:
         self.settings = settings
         (self.batch, heads, self.rows, self.width), (_, self.kv_heads, self.length, _) = q.shape, k.shape
         self.blocks = -(-self.rows // settings.block_q)
         device = q.device
-        spans = torch.tensor([[0, self.length]] * self.batch, device=device) if bounds is None else bounds.to(device)
-        self.first, ends = spans[:, 0].int(), spans[:, 1].int()
+        self.first, ends = bounds[:, 0].int(), bounds[:, 1].int()
         self.place = ends[:, None] - self.rows + torch.arange(self.blocks, device=device) * settings.block_q
-        # One past the last slot that a list may name: what follows is in the first row's window.
-        self.far = (self.place - settings.window + 1).int()
+        # One past the last slot that a list may name, the end of a whole block: what follows is in the window.
+        far = (self.place - settings.window + 1).int()
+        self.slack = (far - self.first[:, None] - settings.sink) % settings.block_k  # alike for all blocks of rows
+        self.far = far - self.slack
         keys = k if k.is_contiguous() else k.contiguous()
         self.keys = keys.view(-1, self.width)
         self.base = torch.arange(self.batch * self.kv_heads, device=device).int() * self.length
@@ -166,9 +169,10 @@ class _Search:
             some = slice(begin, min(begin + size, self.blocks))
             found, number = self._found(some, self._first(some), self.settings.stages)
             shape = (self.batch, self.kv_heads, some.stop - some.start)
-            starts[:, :, some, : found.shape[1]] = found.view(*shape, -1)
+            wide = min(most, found.shape[1])
+            starts[:, :, some, :wide] = found[:, :wide].view(*shape, -1)
             counts[:, :, some] = number.view(shape)
-        return self._list(starts, counts, settings.window)
+        return self._list(starts, counts, settings.window + (int(self.slack[0, 0]) if self.slack.numel() else 0))
 
     def continued(self, state: HipState | None) -> HipState:
         """The next state of decoding."""

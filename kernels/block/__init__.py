@@ -1,6 +1,7 @@
 """The decode step of a decoder layer around its attention, fused into two calls: in C++ on a CPU, else plain PyTorch.
 
-`prepared` and `prepared_head` pick the path once for a layer; what they return is called for every token.
+`prepared` and `prepared_head` pick the path once for a layer; what they return is called for every token and says, as
+`path`, which one it takes.
 """
 
 from typing import Protocol
@@ -15,6 +16,10 @@ from torch import Tensor
 class Prepared(Protocol):
     """A layer whose path is picked."""
 
+    @property
+    def path(self) -> dispatch.Path:
+        """The path that was picked."""
+
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`compress.kernels.block.reference.before`."""
 
@@ -25,11 +30,17 @@ class Prepared(Protocol):
 class PreparedHead(Protocol):
     """A final norm and head whose path is picked."""
 
+    @property
+    def path(self) -> dispatch.Path:
+        """The path that was picked."""
+
     def __call__(self, hidden: Tensor, activations: Activations = "float") -> Tensor:
         """See :func:`compress.kernels.block.reference.norm_linear`."""
 
 
 class _Plain:
+    path: dispatch.Path = "reference"
+
     def __init__(self, block: Block):
         self.block = block
 
@@ -41,6 +52,8 @@ class _Plain:
 
 
 class _PlainHead:
+    path: dispatch.Path = "reference"
+
     def __init__(self, layer: Linear, norm: Tensor, epsilon: float):
         self.layer, self.norm, self.epsilon = layer, norm, epsilon
 
@@ -49,32 +62,36 @@ class _PlainHead:
 
 
 def prepared(block: Block, threads: int = 1) -> Prepared:
-    """The layer on the best path: C++ where every tensor is on the CPU and a build is there, else the reference."""
-    build = _build(block.attention_norm.device)
+    """The layer on the best path, see `path`.
+
+    Raises:
+        ValueError: tensors that don't fit each other, or that aren't all on the CPU where C++ is to read them.
+    """
+    build = _build(block.attention_norm)
     return _Plain(block) if build is None else cpu.NativeBlock(block, build, threads)
 
 
 def prepared_head(layer: Linear, norm: Tensor, epsilon: float, threads: int = 1) -> PreparedHead:
     """The end of a model on the best path."""
-    build = _build(norm.device)
+    build = _build(norm)
     return _PlainHead(layer, norm, epsilon) if build is None else cpu.NativeHead(layer, norm, epsilon, build, threads)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """See :func:`compress.kernels.block.reference.decode_attention`; on a CPU float32 alone."""
-    build = _build(q.device)
+    """See :func:`compress.kernels.block.reference.decode_attention`."""
+    build = _build(q)
     if build is None:
         return reference.decode_attention(q, k, v, mask, scaling)
     return cpu.decode_attention(q, k, v, mask, scaling, build)
 
 
-def path(device: torch.device) -> dispatch.Path:
-    """The path that all of them take for tensors on a device; there is none for a GPU but the reference."""
-    return dispatch.pick(device, has_triton=False, has_native=True)
+def path(x: Tensor) -> dispatch.Path:
+    """The path of all of them, for queries or a norm's weight: C++ for float32 on a CPU, else the reference."""
+    return dispatch.pick(x.device, has_triton=False, has_native=x.dtype == torch.float32)
 
 
-def _build(device: torch.device) -> native.Library | None:
-    return None if path(device) == "reference" else native.library()
+def _build(x: Tensor) -> native.Library | None:
+    return None if path(x) == "reference" else native.library()
 
 
 __all__ = [

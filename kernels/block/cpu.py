@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from compress.kernels import dispatch
 from compress.kernels.block.reference import Activations, Block, Linear
 from compress.kernels.native import Library
 from compress.kernels.quant_linear.structure import ACTIVATIONS, CompressLinear, describe
@@ -56,7 +57,7 @@ class NativeBlock:
         hidden = block.q.weight.shape[1]
         _check(block, hidden, heads, kv_heads)
         self.block = block = _own_block(block)
-        self._functions = declared(build)
+        self._functions, self.path = declared(build), dispatch.native_path(build)
         self._heads, self._kv_heads, self._hidden = heads, kv_heads, hidden
         layers = [describe(getattr(block, name).weight, getattr(block, name).bias) for name in _LAYERS]
         norms = [None if (norm := getattr(block, name)) is None else norm.data_ptr() for name in _NORMS]
@@ -94,7 +95,7 @@ class NativeHead:
         _check_input("norm", norm, (layer.weight.shape[1],))
         layer = _own(layer)
         self.layer, self.norm, self.epsilon, self._threads = layer, norm.detach(), epsilon, threads
-        self._functions = declared(build)
+        self._functions, self.path = declared(build), dispatch.native_path(build)
         self._structure = describe(layer.weight, layer.bias)
 
     def __call__(self, hidden: Tensor, activations: Activations = "float") -> Tensor:
@@ -120,6 +121,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scali
     _check_input("q", q, (batch, heads, size))
     if v.shape != k.shape or k.dtype != torch.float32 or v.dtype != torch.float32 or heads % kv_heads:
         raise ValueError(f"k {k.dtype} {list(k.shape)} and v {v.dtype} {list(v.shape)} don't fit q {list(q.shape)}")
+    if not (k.is_cpu and v.is_cpu and (mask is None or mask.is_cpu)):
+        raise ValueError(f"k, v and the mask must be on the CPU, got {k.device} and {v.device}")
     if size > 1 and (k.stride(3) != 1 or v.stride(3) != 1):
         raise ValueError("the last dimension of k and v must be contiguous")
     kind = 0 if mask is None else {torch.bool: 1, torch.float32: 2}.get(mask.dtype)
@@ -194,9 +197,10 @@ def _check(block: Block, hidden: int, heads: int, kv_heads: int) -> None:
 
 
 def _check_input(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
         raise ValueError(
-            f"{name} must be contiguous float32 of shape {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            f"{name} must be contiguous float32 of shape {list(shape)} on the CPU, "
+            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
 
 

@@ -14,10 +14,10 @@ class BlockList:
     """Lists of key blocks for blocks of query rows.
 
     Keys lie in T slots. The rows of the queries are the last R tokens of every sequence: with a sequence in slots
-    ``[f, e)``, row r is at slot ``e - R + r``, and rows ``[i block_q, (i + 1) block_q)`` share list i. The row at slot
-    p attends slot ``f <= j <= p`` if
+    ``[f, e)``, row r is at slot ``e - R + r``, and rows ``[i block_q, (i + 1) block_q)`` share list i and where their
+    window begins. The row at slot p of a block whose first row is at slot p0 attends slot ``f <= j <= p`` if
 
-        j - f < sink   or   j > p - window   or   a start s of its list has  s <= j < s + block_k.
+        j - f < sink   or   j > p0 - window   or   a start s of its list has  s <= j < s + block_k.
 
     A slot in two of them is one key: the list's part of attention leaves out what the sink and the window have.
 
@@ -29,7 +29,8 @@ class BlockList:
         block_q: query rows that share a list.
         block_k: keys of a block.
         sink: first keys that every row sees.
-        window: last keys that every row sees, itself included; at least 1.
+        window: last keys that the first row of a block sees, itself included, at least 1; its other rows see from the
+            same key on.
     """
 
     starts: Tensor
@@ -94,6 +95,7 @@ class BlockList:
         spans = torch.tensor([[0, length]], device=device) if bounds is None else bounds
         first, end = spans[:, 0, None, None, None], spans[:, 1, None, None, None]
         slots, place = torch.arange(length, device=device), end - rows + torch.arange(rows, device=device)[:, None]
+        near = end - rows + torch.arange(rows, device=device)[:, None] // self.block_q * self.block_q - self.window
         named = self.listed(length).repeat_interleave(self.block_q, 2)[:, :, :rows]
         seen = (slots >= first) & (slots <= place)
-        return seen & ((slots - first < self.sink) | (slots > place - self.window) | named)
+        return seen & ((slots - first < self.sink) | (slots > near) | named)

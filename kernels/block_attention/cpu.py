@@ -1,9 +1,9 @@
 """Block-sparse attention on a CPU: keys of some blocks of rows are gathered for PyTorch's blockwise kernel.
 
-A block of rows whose sink, list and window lie apart sees the same pattern as every other such block: all of the sink
-and of the list, and a band of the keys that its rows' windows have. So blocks are treated some at a time, with one mask
-for all. Rows that see everything before them are dense attention; the few blocks that are neither, where the window
-leaves the sink or a list reaches into the window, get a mask of their own.
+A block of rows whose sink, list and window lie apart sees the same pattern as every other such block: all of sink, list
+and window, and of the block itself what is not later. So blocks are treated some at a time, with one mask for all. Rows
+that see everything before them are dense attention; the few blocks that are neither, where a list reaches into the sink
+or the window, get a mask of their own.
 """
 
 import math
@@ -85,8 +85,10 @@ class _Item:
         self._gathered(regular.nonzero()[:, 0], out, lse)
 
     def _dense_rows(self) -> int:
-        """Rows, from the first on, that see everything before them by sink and window alone."""
-        return max(0, min(self.blocks.sink + self.blocks.window - self.offset, self.q.shape[1]))
+        """Rows, from the first on, that see everything before them by sink and window alone: whole blocks of rows."""
+        size = self.blocks.block_q
+        first = max(0, self.blocks.sink + self.blocks.window - self.offset)  # that may begin a block with a list
+        return min(-(-first // size) * size, self.q.shape[1])
 
     def _regular(self, dense: int) -> Tensor:
         """Which blocks of rows see sink, list and window apart, and all have keys for a whole window, [blocks] bool."""
@@ -137,11 +139,11 @@ class _Item:
             lse[:, rows] = sums.transpose(0, 1).flatten(1, 2)
 
     def _band(self, slots: int) -> Tensor:
-        """What is added to the scores of a regular block, [1, 1, block_q, slots]: each row's window within the band."""
-        size, band = self.blocks.block_q, self.blocks.window + self.blocks.block_q - 1
-        distance = torch.arange(band) - torch.arange(size)[:, None]
+        """What is added to the scores of a regular block, [1, 1, block_q, slots]: rows don't see later ones."""
+        size = self.blocks.block_q
+        later = torch.ones(size, size - 1, dtype=torch.bool).triu()
         mask = torch.zeros(1, 1, size, slots, dtype=self.q.dtype)
-        mask[..., slots - band :].masked_fill_((distance < 0) | (distance >= self.blocks.window), -math.inf)
+        mask[..., slots - size + 1 :].masked_fill_(later, -math.inf)
         return mask
 
     def _masked(self, index: int, rows: slice) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,8 @@ class _Item:
         blocks, end = self.blocks, self.offset + rows.stop
         slots, place = torch.arange(end), torch.arange(self.offset + rows.start, end)[:, None]
         starts = self.starts[index, : int(self.counts[index])]
-        seen = (slots <= place) & ((slots < blocks.sink) | (slots > place - blocks.window) | self._named(starts, end))
+        near = self.offset + index * blocks.block_q - blocks.window
+        seen = (slots <= place) & ((slots < blocks.sink) | (slots > near) | self._named(starts, end))
         mask = torch.zeros(1, 1, *seen.shape, dtype=self.q.dtype).masked_fill_(~seen, -math.inf)
         keys, values = (x[None, None, :end].expand(1, len(self.q), -1, -1) for x in (self.k, self.v))
         found, sums = self._sdpa(self.q[None, :, rows], keys, values, mask)

@@ -24,7 +24,11 @@ def exact(
         place, i = end - count + r, r // blocks.block_q
         starts = blocks.starts[b, h // per_list, i, : int(blocks.counts[b, h // per_list, i])].tolist()
         named = {slot for start in starts for slot in range(start, start + blocks.block_k)}
-        seen = {*range(first, first + blocks.sink), *range(place - blocks.window + 1, place + 1), *named}
+        seen = {
+            *range(first, first + blocks.sink),
+            *range(place - r % blocks.block_q - blocks.window + 1, place + 1),
+            *named,
+        }
         keys = sorted(slot for slot in seen if first <= slot <= place)
         if not keys:
             continue

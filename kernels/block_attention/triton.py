@@ -59,18 +59,18 @@ def prefill(  # type: ignore[no-untyped-def]
     for begin in range(0, listed, BLOCK_K):
         number = begin + tl.arange(0, BLOCK_K)
         keys = listed_key(starts_ptr, number, listed, BLOCK_LIST)
-        inside = (number < listed) & (keys >= first + sink) & (keys < end)
+        inside = (number < listed) & (keys >= first + sink) & (keys <= nearest - window)
         reach = tl.where(inside, keys, end)  # of what isn't to be seen nothing is read
         k = load_rows(k_ptr, reach, k_row, d, end, D, BLOCK_D, True, TYPE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.where(inside[None, :] & (places[:, None] - keys[None, :] >= window), s, float("-inf"))
+        s = tl.where(inside[None, :], s, float("-inf"))
         v = load_rows(v_ptr, reach, v_row, d, end, D, BLOCK_D, True, TYPE)
         m, total, acc = online_softmax(m, total, acc, s, v)
     sinks = tl.minimum(first + sink, farthest + 1)
     m, total, acc = attend_range(m, total, acc, q, k_ptr, v_ptr, k_row, v_row, d, places, first, sinks, 1 << 30, scale,
                                  D, BLOCK_D, BLOCK_K, True, TYPE)  # fmt: skip
     left = tl.maximum(first + sink, nearest - window + 1)
-    m, total, acc = attend_range(m, total, acc, q, k_ptr, v_ptr, k_row, v_row, d, places, left, farthest + 1, window,
+    m, total, acc = attend_range(m, total, acc, q, k_ptr, v_ptr, k_row, v_row, d, places, left, farthest + 1, 1 << 30,
                                  scale, D, BLOCK_D, BLOCK_K, True, TYPE)  # fmt: skip
 
     seeing = total > 0
@@ -122,13 +122,11 @@ def decode_split(  # type: ignore[no-untyped-def]
         named, near = number < listed, number >= listed + sinks
         keys = listed_key(starts_ptr, number, listed, BLOCK_LIST)
         keys = tl.where(named, keys, tl.where(near, left + number - listed - sinks, first + number - listed))
-        inside = (number < stop) & (keys < end) & (~named | (keys >= first + sinks))
+        inside = (number < stop) & (keys < end) & (~named | ((keys >= first + sinks) & (keys < left)))
         reach = tl.where(inside, keys, end)
         k = load_rows(k_ptr, reach, k_row, d, end, D, BLOCK_D, True, TYPE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        distance = places[:, None] - keys[None, :]
-        seen = inside[None, :] & (distance >= 0)
-        seen &= tl.where(near[None, :], distance < window, ~named[None, :] | (distance >= window))
+        seen = inside[None, :] & (places[:, None] >= keys[None, :])
         v = load_rows(v_ptr, reach, v_row, d, end, D, BLOCK_D, True, TYPE)
         m, total, acc = online_softmax(m, total, acc, tl.where(seen, s, float("-inf")), v)
 

@@ -125,7 +125,7 @@ def test_what_does_not_go_together_names_both_writers(share_mode: Any) -> None:
     duo = writer("duo")
     duo.see(3, 1, STREAM)
     hip = writer("hip", duo.finish())
-    hip.topk(3, 1, TopK(a=512))
+    hip.topk(3, 1, TopK(k=512))
     with pytest.raises(InputError, match=r"layer 3, KV head 1: far tokens.*topk by hip, window by duo"):
         hip.finish()
     echo = writer("echo", duo.finish())

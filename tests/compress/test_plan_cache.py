@@ -258,7 +258,8 @@ def test_a_copy_of_a_whole_cache_goes_on_by_itself() -> None:
 
 
 PARTS: dict[str, Any] = {
-    "topk": {"topk": TopK(a=64)},
+    "not how": {"topk": TopK(k=64)},
+    "searches": {"topk": TopK(k=64), "window": Window(a=64, b=0.0)},
     "calibration": {"calibration": Calibration(0.4, 0.1)},
     "summary": {"summary": "mean_all"},
     "packs them too": {"kv": KVBits(), "window": Window(a=64, b=0.0)},

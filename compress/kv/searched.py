@@ -1,0 +1,126 @@
+"""KV heads that keep all tokens and attend some: sinks, a window, and blocks that are searched for (arXiv 2406.09827).
+
+Up to a length attention is dense, as the model has it. Beyond it a prompt's rows have lists by blocks of rows. While
+one token after the other is written, the keys and values of its list lie together in a copy that is exchanged when the
+search finds another list, and the window grows until then, so that no token is out of sight meanwhile.
+"""
+
+import torch
+from torch import Tensor
+
+from compress.kernels.block_attention import block_attention
+from compress.kernels.segment_attention import Segment
+from compress.kv.arena import Change
+from compress.kv.bytes import KVBytes
+from compress.kv.part import Call
+from compress.kv.plain import PlainPart, Reach
+from compress.kv.window import Tokens
+from compress.plan import Window
+from compress.sparse.finder import Finder, Found
+
+
+class SearchedPart(PlainPart):
+    """See the module's text, and :class:`compress.kv.part.Part`.
+
+    Args:
+        finder: the policy.
+    """
+
+    joins = False
+
+    def __init__(self, finder: Finder) -> None:
+        super().__init__(Reach(0, Window()))
+        self.finder = finder
+        self._found: Found | None = None
+        self._listed: Segment | None = None
+        self._sinks = self._window = torch.zeros(0, dtype=torch.int32)  # bounds [batch, heads, 2]
+
+    def fresh(self) -> "SearchedPart":
+        """See :class:`compress.kv.part.Part`."""
+        return SearchedPart(self.finder)
+
+    def drops(self, length: int) -> bool:
+        """Whether its heads don't attend all of so many tokens."""
+        return length > self.finder.gate
+
+    def chunk(self, query: Tensor, new: Tokens, call: Call) -> Tensor:
+        """See :class:`compress.kv.part.Part`."""
+        held, places = self._joined(new, call)
+        if len(held) <= self.finder.gate:
+            return super().chunk(query, new, call)
+        padding = (places < 0).sum(1).tolist()
+        if not any(padding):
+            out = self._sparse(query, held.keys, held.values, call.scaling)
+        else:
+            out = torch.zeros_like(query)
+            for b, first in enumerate(padding):
+                rows = slice(max(0, first - len(held) + query.shape[2]), None)
+                own = (query[b : b + 1, :, rows], held.keys[b : b + 1, :, first:], held.values[b : b + 1, :, first:])
+                out[b : b + 1, :, rows] = self._sparse(*own, call.scaling)
+        self._hold(held, places)
+        return out
+
+    def _sparse(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """The last rows of a text, [batch, heads, rows, head_dim]."""
+        return block_attention(query, keys, values, self.finder.prompt(query, keys), scaling)[0]
+
+    def step(self, query: Tensor, new: Tokens, scaling: float) -> Tensor:
+        """See :class:`compress.kv.part.Part`."""
+        length = int(self.counts.max()) + 1
+        if length <= self.finder.gate:
+            return super().step(query, new, scaling)
+        self.append(new)
+        counts = self.counts.to(self.near.keys.device)
+        bounds = torch.stack([torch.zeros_like(counts), counts], 1)
+        former = self._found
+        self._found = found = self.finder.token(query, self.near.keys, bounds, former)
+        if found.fresh or self._listed is None:
+            self._gather(found)
+        self._window[..., 1] = counts[:, None]
+        out, _ = self.reader.read(query, self._pieces, scaling)
+        return out.to(new.values.dtype)
+
+    def change(self, change: Change) -> None:
+        """See :class:`compress.kv.part.Part`."""
+        super().change(change)
+        self._forget()
+
+    def nbytes(self) -> KVBytes:
+        """See :class:`compress.kv.part.Part`; the copy of what is listed is room that is allocated, not payload."""
+        copied = 0 if self._listed is None else self._listed.keys.nbytes + self._listed.values.nbytes
+        return super().nbytes() + KVBytes(0, 0, copied)
+
+    def _look(self) -> None:
+        super()._look()
+        self._forget()
+
+    def _forget(self) -> None:
+        """The tokens are others: the next one searches everywhere."""
+        self._found = self._listed = None
+        self.reader.forget()
+
+    def _gather(self, found: Found) -> None:
+        """Copy what is listed, and let the window begin where the search ended."""
+        blocks, (batch, heads, slots, width) = found.blocks, self.near.keys.shape
+        most = int(blocks.counts.max())
+        places = blocks.starts[:, :, 0, :most, None] + torch.arange(blocks.block_k, device=blocks.starts.device)
+        wide = places.flatten(2).clamp(0, slots - 1).long()[..., None].expand(-1, -1, -1, width)
+        keys, values = (x.gather(2, wide) for x in (self.near.keys, self.near.values))
+        ends = blocks.counts[:, :, 0] * blocks.block_k
+        bounds = torch.stack([torch.zeros_like(ends), ends], 2).to(torch.int32)
+        self._listed = Segment(keys, values, 16, 16, None, None, None, None, bounds, keys.shape[2])
+        sinks = found.near.clamp(max=blocks.sink).to(torch.int32)
+        self._sinks, self._window = (torch.zeros(batch, heads, 2, dtype=torch.int32, device=keys.device) for _ in "ab")
+        self._sinks[..., 1] = sinks[:, None]
+        self._window[..., 0] = found.near.to(torch.int32)[:, None]
+        self.reader.forget()
+
+    def _pieces(self) -> list[Segment]:
+        """What a new token attends."""
+        assert self._listed is not None
+        room = self.near
+        near = [
+            Segment(room.keys, room.values, 16, 16, None, None, None, None, bounds, room.keys.shape[2])
+            for bounds in (self._sinks, self._window)
+        ]
+        return [*near, *([self._listed] if self._listed.longest else [])]
