@@ -3,12 +3,12 @@
 Every way keeps the same bytes at a length: heads that it ranks highest keep every token, the others sinks and a window;
 "uniform" gives all heads one window of these bytes; "random" draws the heads, by seed. Perplexity is of windows of that
 length that are read at once with exact masks, passkeys are asked for behind a prompt of that length, and "dense" is the
-model as it is. Scores that need
-gradients (influence, gates) come from the profile of a run.
+model as it is. Scores that need gradients (influence, gates) come from the profile of a run. Finished plans
+(`attention_plan.json` of an artifact, e.g. of the recipe moa) are measured beside them, at their own bytes.
 
     python benchmarks/heads_quality.py --model MODEL --text TEST.txt [--length 4096] [--windows 2]
         [--retention 0.5,0.25] [--scores induction,retrieval,distant,mean_qk] [--profile head_profile.json]
-        [--seeds 0,1,2] [--questions 10] [--json FILE]
+        [--plan moa=OUT/attention_plan.json] [--seeds 0,1,2] [--questions 10] [--json FILE]
 """
 
 import argparse
@@ -16,36 +16,36 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from compress.calibrate.text import open_text
-from compress.evalsuite.longcontext import LongContextSettings, long_context, results
+from compress.evalsuite.longcontext import LongContextSettings
+from heads_ways import (
+    Way,
+    all_heads,
+    full_layers,
+    keeping,
+    named,
+    passkeys,
+    rule_from,
+    stored_share,
+    streaming_options,
+)
 from torch import Tensor
 
 import compress
-from compress.fingerprint import fingerprint_of
 from compress.heads.profile import read_profile
 from compress.heads.scores import ScoreSettings, score
-from compress.heads.select import Budget, Head, dense_bytes, how_many, rank, streaming_plan
+from compress.heads.select import Budget, how_many, rank, streaming_plan
 from compress.plan import AttentionPlan, Window
-from compress.plan_compile import predict_bytes
 from compress.plan_writer import Rule
 from compress.runtime.attention import NAME
 from compress.runtime.plan_cache import PlanCache
-
-
-@dataclass(frozen=True)
-class Way:
-    """A plan and what tables call it."""
-
-    name: str
-    plan: AttentionPlan
 
 
 def uniform(config: Any, rule: Rule, budget: Budget) -> AttentionPlan:
@@ -56,16 +56,22 @@ def uniform(config: Any, rule: Rule, budget: Budget) -> AttentionPlan:
 
 def ways(args: argparse.Namespace, config: Any, scores: dict[str, Tensor], retention: float) -> Iterator[Way]:
     """All that are compared at one retention."""
-    rule = Rule(args.sink, Window(a=args.recent, b=0.0))
+    rule = rule_from(args.sink, args.recent)
     budget = Budget(retention, args.length, rule)
-    count, mark = how_many(config, budget), fingerprint_of(config)
-    heads: list[Head] = [(n, k) for n in range(mark.layers) if n not in mark.sliding for k in range(mark.kv_heads)]
+    count = how_many(config, budget)
     yield Way("uniform", uniform(config, rule, budget))
     for name, values in scores.items():
-        full = tuple(sorted({layer for layer, _ in heads}))
-        yield Way(name, streaming_plan(config, rule, rank(values, full).heads[:count]))
+        yield keeping(name, config, rule, rank(values, full_layers(config)).heads[:count])
     for seed in args.seeds:
-        yield Way(f"random {seed}", streaming_plan(config, rule, tuple(Random(seed).sample(heads, count))))
+        yield keeping(f"random {seed}", config, rule, Random(seed).sample(all_heads(config), count))
+
+
+def finished(args: argparse.Namespace, config: Any) -> list[Way]:
+    """Plans that are there already, checked against the model."""
+    found = [Way(name, AttentionPlan.from_json(json.loads(path.read_text()), str(path))) for name, path in args.plan]
+    for way in found:
+        way.plan.check(config)
+    return found
 
 
 def perplexity(model: Any, windows: Tensor, plan: AttentionPlan) -> float:
@@ -80,13 +86,6 @@ def perplexity(model: Any, windows: Tensor, plan: AttentionPlan) -> float:
             total += float(F.cross_entropy(logits, ids[rows.start + 1 : rows.stop + 1], reduction="sum"))
             count += rows.stop - rows.start
     return math.exp(total / count)
-
-
-def passkeys(args: argparse.Namespace, model: Any, tokenizer: Any, plan: AttentionPlan) -> float:
-    """Share of questions that are answered."""
-    settings = LongContextSettings(lengths=(args.length,), depths=args.questions, samples=1)
-    cells = long_context(model, tokenizer, ["passkey"], settings, cache=partial(PlanCache, model.config, plan))
-    return results(cells)[0].score
 
 
 def taken(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Tensor]:
@@ -113,35 +112,33 @@ def main() -> None:
     parser.add_argument("--retention", default="0.5")
     parser.add_argument("--scores", default="induction,retrieval,distant,mean_qk")
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--plan", type=named, action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=10)
-    parser.add_argument("--sink", type=int, default=64)
-    parser.add_argument("--recent", type=int, default=256)
+    streaming_options(parser)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = compress.load(args.model)
+    own = [Way("dense", AttentionPlan.empty(model.config)), *finished(args, model.config)]
     scores = taken(args, model, tokenizer)
     model.set_attn_implementation(NAME)
     text = "\n\n".join(open_text(args.text, option="--text").documents)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: args.windows * args.length])
     windows = ids.view(args.windows, args.length)
-    dense = Way("dense", AttentionPlan.empty(model.config))
-    full, rows = dense_bytes(model.config, args.length), []
+    asked = LongContextSettings(lengths=(args.length,), depths=args.questions)
+    todo = [(stored_share(way.plan, model.config, args.length), way) for way in own]
+    for share in map(float, args.retention.split(",")):
+        todo += [(share, way) for way in ways(args, model.config, scores, share)]
+    rows: list[dict[str, Any]] = []
     print("retention  way          stored  perplexity        passkey", flush=True)
-    base = 0.0
-    for retention, way in [(1.0, dense)] + [
-        (share, way)
-        for share in map(float, args.retention.split(","))
-        for way in ways(args, model.config, scores, share)
-    ]:
-        stored = predict_bytes(way.plan, model.config, args.length).stored / full
-        ppl, found = perplexity(model, windows, way.plan), passkeys(args, model, tokenizer, way.plan)
-        base = base or ppl
+    for retention, way in todo:
+        stored = stored_share(way.plan, model.config, args.length)
+        ppl, found = perplexity(model, windows, way.plan), fmean(passkeys(model, tokenizer, way.plan, asked))
+        base = rows[0]["perplexity"] if rows else ppl
+        more = ppl / base - 1
         rows.append({"retention": retention, "way": way.name, "stored": stored, "perplexity": ppl, "passkey": found})
-        print(
-            f"{retention:9}  {way.name:11}  {stored:.3f}  {ppl:7.3f} ({ppl / base - 1:+.1%})  {found:.2f}", flush=True
-        )
+        print(f"{retention:9.3g}  {way.name:11}  {stored:.3f}  {ppl:7.3f} ({more:+.1%})  {found:.2f}", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

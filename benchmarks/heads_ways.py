@@ -1,0 +1,75 @@
+"""What benchmarks of streaming heads share: plans under names, and what they cost in bytes and answers."""
+
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compress.evalsuite.longcontext import LongContextSettings, long_context, results
+
+from compress.fingerprint import fingerprint_of
+from compress.heads.select import Head, dense_bytes, streaming_plan
+from compress.plan import AttentionPlan, Window
+from compress.plan_compile import predict_bytes
+from compress.plan_writer import Rule
+from compress.runtime.plan_cache import PlanCache
+from compress.schema import Heads
+
+
+@dataclass(frozen=True)
+class Way:
+    """A plan and what tables call it."""
+
+    name: str
+    plan: AttentionPlan
+
+
+def streaming_options(parser: ArgumentParser) -> None:
+    """What a streaming head sees; by default as in the recipe."""
+    parser.add_argument("--sink", type=int, default=Heads().sink)
+    parser.add_argument("--recent", type=int, default=Heads().recent)
+
+
+def rule_from(sink: int, recent: int) -> Rule:
+    """Of a streaming head."""
+    return Rule(sink, Window(a=recent, b=0.0))
+
+
+def full_layers(config: Any) -> tuple[int, ...]:
+    """The layers that attend to everything."""
+    mark = fingerprint_of(config)
+    return tuple(layer for layer in range(mark.layers) if layer not in mark.sliding)
+
+
+def all_heads(config: Any) -> list[Head]:
+    """KV heads of these layers."""
+    return [(layer, head) for layer in full_layers(config) for head in range(fingerprint_of(config).kv_heads)]
+
+
+def keeping(name: str, config: Any, rule: Rule, keep: Sequence[Head]) -> Way:
+    """These heads keep every token, the others what the rule says."""
+    return Way(name, streaming_plan(config, rule, tuple(keep)))
+
+
+def stored_share(plan: AttentionPlan, config: Any, length: int) -> float:
+    """Stored bytes of the cache at a length, as a share of those at full attention."""
+    return predict_bytes(plan, config, length).stored / dense_bytes(config, length)
+
+
+def passkeys(model: Any, tokenizer: Any, plan: AttentionPlan, settings: LongContextSettings) -> tuple[float, ...]:
+    """Of every question, whether it is answered."""
+    cells = long_context(model, tokenizer, ["passkey"], settings, cache=partial(PlanCache, model.config, plan))
+    (result,) = results(cells)
+    return result.scores
+
+
+def named(text: str) -> tuple[str, Path]:
+    """``NAME=FILE`` of an option, its file there."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ArgumentTypeError(f"{text!r} isn't NAME=FILE")
+    if not Path(path).is_file():
+        raise ArgumentTypeError(f"{path}: there is no such file")
+    return name, Path(path)
