@@ -44,6 +44,7 @@ __all__ = ["RunResult", "plan", "run"]
 
 SCHEMA = "compress.report/1"
 SO_FAR = "seconds_so_far"  # in the report of an artifact that is published and not yet scored
+DECIDING = {"calibration", "weights", "heads", "sparse", "kv", "export"}  # sections that decide the artifact
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "lm-eval")
 
 
@@ -353,7 +354,7 @@ def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
     """What decides the weights, as far as it is known before the calibration text is read."""
     return {
         "model": view.checkpoint.fingerprint(),
-        "recipe": planned.recipe.model_dump(mode="json", include={"calibration", "weights", "heads", "kv", "export"}),
+        "recipe": planned.recipe.model_dump(mode="json", include=DECIDING),
         "versions": {name: version(name) for name in ("compress", "torch", "transformers")},
         "device": planned.device.type,
     }
@@ -374,6 +375,8 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
         )
     if heads := report.get("heads"):
         lines.append(f"heads    {heads['summary']}")
+    if sparse := report.get("sparse"):
+        lines.append(f"sparse   {sparse['summary']}")
     if kv := report.get("kv"):
         lines.append(f"cache    {kv['summary']}")
     if weights.get("degraded"):

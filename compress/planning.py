@@ -25,10 +25,11 @@ from compress.kv.stage import KVStage
 from compress.model import ModelFacts, open_config
 from compress.options import RunOptions
 from compress.recipe import Recipe
+from compress.sparse.stage import SparseStage
 from compress.weights.stage import WeightsStage
 from compress.work import partial_folder
 
-STAGES: tuple[Stage, ...] = (WeightsStage(), HeadsStage(), KVStage())
+STAGES: tuple[Stage, ...] = (WeightsStage(), HeadsStage(), SparseStage(), KVStage())
 LIBRARIES_BYTES = 550 << 20  # what Python, torch and transformers occupy before a model is opened
 EFFICIENCY = 0.5  # of the speed of a large matrix product that a whole run reaches; measured, docs/log.md
 
@@ -193,6 +194,7 @@ def default_out(facts: ModelFacts, recipe: Recipe) -> Path:
         parts.append(f"W{recipe.weights.bits}A16")
         parts += [f"G{size}"] if isinstance(size, int) and size > 0 else []
         parts += [] if recipe.heads is None else [recipe.heads.method]
+        parts += [] if recipe.sparse is None else [recipe.sparse.method]
         parts += [] if recipe.kv is None else [recipe.kv.method]
     return Path("-".join(parts))
 

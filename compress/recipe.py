@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from compress.calibrate.errors import InputError, did_you_mean
 from compress.keys import allowed, comment, nearest
-from compress.schema import KV, SECTIONS, Calibration, Eval, Export, Heads, Section, Weights
+from compress.schema import KV, SECTIONS, Calibration, Eval, Export, Heads, Section, Sparse, Weights
 from compress.yaml12 import YamlError, inline, parse
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -35,6 +35,7 @@ class Recipe(Section):
         calibration: the text that methods look at, or None.
         weights: weight quantization, or None.
         heads: which heads keep every token, or None.
+        sparse: heads that search for the tokens that they attend, or None.
         kv: quantization of the KV cache, or None.
         export: what is written; always there, with its defaults if the file has no such section.
         eval: scoring, or None.
@@ -45,6 +46,7 @@ class Recipe(Section):
     calibration: Calibration | None = None
     weights: Weights | None = None
     heads: Heads | None = None
+    sparse: Sparse | None = None
     kv: KV | None = None
     export: Export = Export()
     eval: Eval | None = None

@@ -10,14 +10,16 @@ from compress.schema.fields import Allowed, Section
 from compress.schema.heads import Heads
 from compress.schema.kv import KV
 from compress.schema.output import Eval, Export
+from compress.schema.sparse import Sparse
 from compress.schema.weights import Weights
 
-__all__ = ["KV", "SECTIONS", "Allowed", "Calibration", "Eval", "Export", "Heads", "Section", "Weights"]
+__all__ = ["KV", "SECTIONS", "Allowed", "Calibration", "Eval", "Export", "Heads", "Section", "Sparse", "Weights"]
 
 SECTIONS: dict[str, type[Section]] = {
     "calibration": Calibration,
     "weights": Weights,
     "heads": Heads,
+    "sparse": Sparse,
     "kv": KV,
     "export": Export,
     "eval": Eval,

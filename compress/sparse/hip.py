@@ -210,7 +210,7 @@ class _Search:
         grid = torch.arange(0, max(0, reach), chunk, device=self.keys.device, dtype=torch.int32)
         starts = (origin + grid)[:, None, None].expand(-1, self.kv_heads, some.stop - some.start, -1)
         whole = chunk if len(self.settings.stages) == 1 else 1
-        return self._allowed(starts.reshape(-1, len(grid)), some, whole)
+        return self._allowed(starts.flatten(0, 2), some, whole)
 
     def _found(
         self, some: slice, chunks: Tensor, stages: tuple[Stage, ...], kept: list[Tensor] | None = None

@@ -7,7 +7,7 @@ from compress.calibrate.errors import InputError
 
 from compress.recipe import Recipe
 
-SHIPPED = ["duo", "gptq", "heads", "moa", "rsq", "rsq-paper", "rsq-tuned", "rtn", "zipcache", "zipcache-plus"]
+SHIPPED = ["duo", "gptq", "heads", "hip", "moa", "rsq", "rsq-paper", "rsq-tuned", "rtn", "zipcache", "zipcache-plus"]
 
 
 def refusal(source, *overrides):

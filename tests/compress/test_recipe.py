@@ -44,10 +44,11 @@ def test_every_key_of_a_shipped_recipe_carries_the_comment_of_the_schema(name):
 @pytest.mark.parametrize(
     ("name", "absent"),
     [
-        ("gptq", {"heads", "kv"}),
-        ("rsq", {"heads", "kv"}),
-        ("heads", {"calibration", "weights", "kv"}),
-        *((name, {"calibration", "weights", "heads"}) for name in ("zipcache", "zipcache-plus")),
+        ("gptq", {"heads", "sparse", "kv"}),
+        ("rsq", {"heads", "sparse", "kv"}),
+        ("heads", {"calibration", "weights", "sparse", "kv"}),
+        ("hip", {"calibration", "weights", "heads", "kv"}),
+        *((name, {"calibration", "weights", "heads", "sparse"}) for name in ("zipcache", "zipcache-plus")),
     ],
 )
 def test_full_recipes_write_every_key(name, absent):
@@ -87,6 +88,10 @@ def test_the_defaults_of_the_section_kv_are_zipcache_plus():
 def test_the_defaults_of_the_section_heads_are_the_recipe_heads():
     assert Recipe.load("heads").heads == Recipe.load({"heads": {}}).heads
     assert Recipe.load("heads").weights is None
+
+
+def test_the_defaults_of_the_section_sparse_are_the_recipe_hip():
+    assert Recipe.load("hip").sparse == Recipe.load({"sparse": {}}).sparse
 
 
 def test_duo_and_moa_differ_from_heads_in_their_method():
@@ -140,7 +145,7 @@ def test_to_yaml_leaves_out_an_absent_section():
 
 
 def test_to_yaml_explains_every_key():
-    text = Recipe.load("rsq", ["heads=heads", "kv=zipcache"]).to_yaml()
+    text = Recipe.load("rsq", ["heads=heads", "sparse=hip", "kv=zipcache"]).to_yaml()
     words = " ".join(line.strip(" #") for line in text.splitlines())
     assert all(comment(section, key) in words for section, model in SECTIONS.items() for key in model.model_fields)
 
