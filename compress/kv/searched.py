@@ -71,9 +71,7 @@ class SearchedPart(PlainPart):
             return super().step(query, new, scaling)
         self.append(new)
         counts = self.counts.to(self.near.keys.device)
-        bounds = torch.stack([torch.zeros_like(counts), counts], 1)
-        former = self._found
-        self._found = found = self.finder.token(query, self.near.keys, bounds, former)
+        self._found = found = self.finder.token(query, self.near.keys, counts, self._found)
         if found.fresh or self._listed is None:
             self._gather(found)
         self._window[..., 1] = counts[:, None]
@@ -104,8 +102,12 @@ class SearchedPart(PlainPart):
         blocks, (batch, heads, slots, width) = found.blocks, self.near.keys.shape
         most = int(blocks.counts.max())
         places = blocks.starts[:, :, 0, :most, None] + torch.arange(blocks.block_k, device=blocks.starts.device)
-        wide = places.flatten(2).clamp(0, slots - 1).long()[..., None].expand(-1, -1, -1, width)
-        keys, values = (x.gather(2, wide) for x in (self.near.keys, self.near.values))
+        rows = torch.arange(batch * heads, device=places.device).view(batch, heads, 1) * slots
+        chosen = (places.flatten(2).clamp(0, slots - 1) + rows).flatten()
+        keys, values = (
+            x.reshape(-1, width).index_select(0, chosen).view(batch, heads, -1, width)
+            for x in (self.near.keys, self.near.values)
+        )
         ends = blocks.counts[:, :, 0] * blocks.block_k
         bounds = torch.stack([torch.zeros_like(ends), ends], 2).to(torch.int32)
         self._listed = Segment(keys, values, 16, 16, None, None, None, None, bounds, keys.shape[2])

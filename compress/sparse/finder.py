@@ -1,7 +1,6 @@
 """A policy at work: the lists of a prompt, and the list of one new token after the other."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from compress.kernels.block_attention import BlockList
 from compress.plan import Search, TopK
 from compress.sparse import hip
-from compress.sparse.baselines import Shape, block_mean, quest
+from compress.sparse.baselines import Ranking, Shape, best_blocks, block_mean, key_blocks, mean_queries, quest
 
 
 @dataclass
@@ -40,13 +39,13 @@ class Finder(Protocol):
     def prompt(self, q: Tensor, k: Tensor) -> BlockList:
         """Lists for the last R of T tokens, ``q`` ``[B, H, R, D]`` and ``k`` ``[B, Hkv, T, D]``."""
 
-    def token(self, q: Tensor, k: Tensor, bounds: Tensor, former: Found | None) -> Found:
+    def token(self, q: Tensor, k: Tensor, ends: Tensor, former: Found | None) -> Found:
         """The list for one new token of every sequence, after the former token's.
 
         Args:
             q: queries ``[B, H, 1, D]``.
-            k: keys ``[B, Hkv, T, D]``, the new token's among them.
-            bounds: ``[B, 2]``, first slot and one past the last of every sequence.
+            k: keys ``[B, Hkv, T, D]``, the new token's among them; every sequence begins at slot 0.
+            ends: ``[B]``, one past each sequence's last slot.
             former: what the former token attended; None for the first one, or where tokens were exchanged since.
         """
 
@@ -89,11 +88,21 @@ class _Hip:
     def prompt(self, q: Tensor, k: Tensor) -> BlockList:
         return hip.search(q, k, self.settings)
 
-    def token(self, q: Tensor, k: Tensor, bounds: Tensor, former: Found | None) -> Found:
+    def token(self, q: Tensor, k: Tensor, ends: Tensor, former: Found | None) -> Found:
         before: hip.HipState | None = None if former is None else former.state
-        state = hip.refreshed(q, k, self.settings, before, bounds)
-        fresh = former is None or state.blocks.starts is not former.blocks.starts
-        return Found(state.blocks, state.near, fresh, state)
+        if former is not None and before is not None and not hip.due(before.step + 1, self.settings):
+            before.step += 1
+            return replace(former, fresh=False)
+        state = hip.refreshed(q, k, self.settings, before, ends)
+        return Found(state.blocks, state.near, True, state)
+
+
+@dataclass
+class _Ranks:
+    """What a ranking keeps between tokens: steps, and summaries of blocks that are full, [B, Hkv, blocks, D]."""
+
+    step: int
+    summaries: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -101,27 +110,33 @@ class _Ranked:
     """Blocks ranked by a score of each."""
 
     gate: int
-    ranking: Callable[[Tensor, Tensor, Shape], BlockList]
+    ranking: Ranking
     shape: Shape
     refresh: int
 
     def prompt(self, q: Tensor, k: Tensor) -> BlockList:
         return self.ranking(q, k, self.shape)
 
-    def token(self, q: Tensor, k: Tensor, bounds: Tensor, former: Found | None) -> Found:
-        step = 0 if former is None else former.state + 1
-        if former is not None and step % self.refresh:
-            return Found(former.blocks, former.near, False, step)
-        lists = [
-            self.ranking(q[b : b + 1], k[b : b + 1, :, first:end], self.shape)
-            for b, (first, end) in enumerate(bounds.tolist())
-        ]
-        starts = (
-            torch.zeros(*q.shape[:1], *lists[0].counts.shape[1:], max(own.most for own in lists)).int().to(q.device)
-        )
-        for b, own in enumerate(lists):
-            starts[b, ..., : own.most] = own.starts[0] + int(bounds[b, 0])
-        near = torch.stack([end - own.window for (_, end), own in zip(bounds, lists, strict=True)])
-        counts = torch.cat([own.counts for own in lists])
-        blocks = BlockList(starts, counts, self.shape.block_q, self.shape.block_k, self.shape.sink, self.shape.window)
-        return Found(blocks, torch.maximum(near, bounds[:, 0]), True, 0)
+    def token(self, q: Tensor, k: Tensor, ends: Tensor, former: Found | None) -> Found:
+        before: _Ranks | None = None if former is None else former.state
+        if former is not None and before is not None and (before.step + 1) % self.refresh:
+            before.step += 1
+            return replace(former, fresh=False)
+        shape = self.shape
+        near = ends - shape.window
+        near = near - (near - shape.sink).clamp(min=0) % shape.block_k
+        full, known = int(ends.min()), None if before is None else before.summaries
+        summaries = self._summaries(k[:, :, : int(ends.max())], known)
+        scores = self.ranking.score(mean_queries(q, k.shape[1], shape), *summaries).amax(2)
+        starts, counts = best_blocks(scores, near[:, None, None], shape)
+        blocks = BlockList(starts, counts, shape.block_q, shape.block_k, shape.sink, shape.window)
+        kept = max(0, full - shape.sink) // shape.block_k
+        return Found(blocks, near.clamp(min=0), True, _Ranks(0, tuple(own[:, :, :kept] for own in summaries)))
+
+    def _summaries(self, k: Tensor, known: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Of all blocks; those that were full before aren't looked at again."""
+        if known is None:
+            return self.ranking.summary(key_blocks(k, self.shape))
+        rest = replace(self.shape, sink=self.shape.sink + known[0].shape[2] * self.shape.block_k)
+        new = self.ranking.summary(key_blocks(k, rest))
+        return tuple(torch.cat(pair, 2) for pair in zip(known, new, strict=True))

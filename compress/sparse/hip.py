@@ -117,36 +117,39 @@ def search(q: Tensor, k: Tensor, settings: HipSettings) -> BlockList:
         Lists ``[B, Hkv, ceil(R / block_q), min(k, T) / block_k]`` of blocks between the sink and the first row's
         window, which reaches back to a block's end; of rows that see everything anyway, empty ones.
     """
-    bounds = torch.tensor([[0, k.shape[2]]], device=q.device).expand(len(q), 2)
-    return _Search(q, k, settings, bounds).lists()
+    return _Search(q, k, settings, torch.full((len(q),), k.shape[2], device=q.device)).lists()
 
 
-def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | None, bounds: Tensor) -> HipState:
-    """The list for one new token of every sequence, searched for as far as its intervals ask.
+def due(step: int, settings: HipSettings) -> list[int]:
+    """The stages whose interval is over at a step of decoding."""
+    return [n for n, stage in enumerate(settings.stages) if step % stage.refresh == 0]
+
+
+def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | None, ends: Tensor) -> HipState:
+    """The list for one new token of every sequence, searched for from the first stage on whose interval is over.
 
     Args:
         q: queries ``[B, H, 1, D]``.
-        k: keys ``[B, Hkv, T, D]``, the new token's among them.
+        k: keys ``[B, Hkv, T, D]``, the new token's among them; every sequence begins at slot 0.
         settings: how to search.
-        state: what the former token's search left; None: search everywhere.
-        bounds: ``[B, 2]``, first slot and one past the last of every sequence.
+        state: what the former token's search left, with a stage that is due; None: search everywhere.
+        ends: ``[B]``, one past each sequence's last slot.
     """
-    return _Search(q, k, settings, bounds).continued(state)
+    return _Search(q, k, settings, ends).continued(state)
 
 
 class _Search:
     """One search; N counts sequences, KV heads and blocks of rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, settings: HipSettings, bounds: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor, settings: HipSettings, ends: Tensor) -> None:
         self.settings = settings
         (self.batch, heads, self.rows, self.width), (_, self.kv_heads, self.length, _) = q.shape, k.shape
         self.blocks = -(-self.rows // settings.block_q)
         device = q.device
-        self.first, ends = bounds[:, 0].int(), bounds[:, 1].int()
         self.place = ends[:, None] - self.rows + torch.arange(self.blocks, device=device) * settings.block_q
         # One past the last slot that a list may name, the end of a whole block: what follows is in the window.
         far = (self.place - settings.window + 1).int()
-        self.slack = (far - self.first[:, None] - settings.sink) % settings.block_k  # alike for all blocks of rows
+        self.slack = (far - settings.sink) % settings.block_k  # alike for all blocks of rows
         self.far = far - self.slack
         keys = k if k.is_contiguous() else k.contiguous()
         self.keys = keys.view(-1, self.width)
@@ -178,12 +181,7 @@ class _Search:
         """The next state of decoding."""
         stages, some = self.settings.stages, slice(0, 1)
         step = 0 if state is None else state.step + 1
-        due = [n for n, stage in enumerate(stages) if step % stage.refresh == 0]
-        if state is not None and not due:
-            state.step = step
-            state.blocks = self._list(state.blocks.starts, state.blocks.counts, self._window(state.near))
-            return state
-        begin = 0 if state is None else due[0]
+        begin = 0 if state is None else due(step, self.settings)[0]
         candidates = [] if state is None else state.candidates[:begin]
         near = self.far[:, 0].clamp(min=0) if begin == 0 else _present(state).near
         self.far = near[:, None].int()
@@ -205,10 +203,10 @@ class _Search:
     def _first(self, some: slice) -> Tensor:
         """The first stage's chunks, all that there are, int32 [N, C]; -1 for none."""
         chunk = self.settings.stages[0].chunk
-        origin = self.first[:, None] + self.settings.sink
-        reach = int((self.far[:, some] - origin).max()) if self.far[:, some].numel() else 0
-        grid = torch.arange(0, max(0, reach), chunk, device=self.keys.device, dtype=torch.int32)
-        starts = (origin + grid)[:, None, None].expand(-1, self.kv_heads, some.stop - some.start, -1)
+        reach = int(self.far[:, some].max()) if self.far[:, some].numel() else 0
+        sink = self.settings.sink
+        grid = torch.arange(sink, max(sink, reach), chunk, device=self.keys.device, dtype=torch.int32)
+        starts = grid.expand(self.batch, self.kv_heads, some.stop - some.start, -1)
         whole = chunk if len(self.settings.stages) == 1 else 1
         return self._allowed(starts.flatten(0, 2), some, whole)
 
