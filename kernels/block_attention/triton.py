@@ -45,9 +45,9 @@ def prefill(  # type: ignore[no-untyped-def]
     nearest = end - count + block * BLOCK_Q
     farthest = tl.minimum(nearest + BLOCK_Q, end) - 1
 
-    q_place = batch * q_batch + heads.to(tl.int64) * q_head + rows * q_row
+    q_place = batch * q_batch + heads.to(tl.int64) * q_head + rows.to(tl.int64) * q_row
     q = tl.load(q_ptr + q_place[:, None] + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0).to(TYPE)
-    kv_head = listing * GROUP // PER_KV
+    kv_head = (listing * GROUP // PER_KV).to(tl.int64)
     k_ptr += batch * k_batch + kv_head * k_head
     v_ptr += batch * v_batch + kv_head * v_head
     lists = (batch * tl.num_programs(0) + listing) * blocks + block
@@ -111,7 +111,7 @@ def decode_split(  # type: ignore[no-untyped-def]
     q_place = batch * q_batch + head.to(tl.int64) * q_head + rows % COUNT * q_row
     there = (rows[:, None] < GROUP * COUNT) & (d[None, :] < D)
     q = tl.load(q_ptr + q_place[:, None] + d[None, :], mask=there, other=0.0).to(TYPE)
-    kv_head = listing * GROUP // PER_KV
+    kv_head = (listing * GROUP // PER_KV).to(tl.int64)
     k_ptr += batch * k_batch + kv_head * k_head
     v_ptr += batch * v_batch + kv_head * v_head
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -200,7 +200,7 @@ def _decode(
     part = torch.empty(batch, lists, shares, rows, width, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(part.shape[:4], dtype=torch.float32, device=out.device)
     sizes = {"KV_HEADS": lists, "SPLITS": shares, "D": width, "BLOCK_D": constexprs["BLOCK_D"]}
-    block_r, block_k, warps = tile(rows, width, out.element_size())
+    block_r, block_k, warps, _ = tile(rows, width, out.element_size())
     constexprs = constexprs | sizes | {"COUNT": count, "BLOCK_R": block_r, "BLOCK_K": block_k}
     merged = {"part_ptr": part, "part_lse_ptr": part_lse, "out_ptr": out, "lse_ptr": lse}
     return (
@@ -221,4 +221,6 @@ def _tile(width: int, size: int, rows: int) -> tuple[int, int, int]:
     least = max(16, 1 << (rows - 1).bit_length())
     if size == 4:
         return (min(least, 32), 16, 4) if width <= 128 else (16, 16, 4)
-    return (min(least, 64), 64 if width <= 64 else 32, 4 if width <= 128 else 8)
+    if width > 128:
+        return min(least, 64), 16, 8
+    return min(least, 64), 64 if width <= 64 else 32, 4
