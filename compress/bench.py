@@ -22,11 +22,10 @@ from compress.bench_side import (
     Subject,
     cache_bytes,
     facts,
-    is_compressed,
+    open_any_config,
     timed_turn,
 )
 from compress.calibrate.errors import InputError, did_you_mean
-from compress.checkpoint import read_json
 from compress.device import pick_device
 from compress.evalsuite.efficiency import mean_pass
 from compress.events import Event, Message, StageDone, StageStarted
@@ -206,9 +205,10 @@ def _look(subject: Subject, side: str) -> tuple[str, int | None]:
     name, context = _callable_name(subject.model), None
     if not callable(subject.model):
         try:
-            name, context = _local_or_hub(str(subject.model))
+            config, name = open_any_config(str(subject.model))
         except InputError as error:
             raise error.under(_option(side)) from error
+        context = getattr(config, "max_position_embeddings", None)
     own = "" if subject.cache is None else f" with {_callable_name(subject.cache)}"
     return subject.name or name + own, context
 
@@ -217,18 +217,6 @@ def _callable_name(thing: Any) -> str:
     while isinstance(thing, partial):
         thing = thing.func
     return str(getattr(thing, "__name__", type(thing).__name__))
-
-
-def _local_or_hub(model: str) -> tuple[str, int | None]:
-    found = locate(model)
-    folder = found.path
-    if folder is None:
-        folder = hub_config_folder(model, online=hub_weight_bytes(model) is not None)
-    if folder.is_dir() and is_compressed(folder, model):
-        name = model if found.kind == "hub" else folder.resolve().name
-        return name, read_json(folder / "config.json", model).get("max_position_embeddings")
-    dense = open_config(model)
-    return dense.name, getattr(dense.config, "max_position_embeddings", None)
 
 
 def _settings(options: BenchOptions, device: torch.device, contexts: list[int]) -> Settings:

@@ -9,18 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from compress.artifact.export import read_report
-from compress.bench_side import is_compressed
+from compress.bench_side import open_any_config
 from compress.calibrate.errors import InputError
 from compress.checkpoint import read_json
 from compress.kv.filling import Shape, filled_bytes, match
 from compress.kv.schemes import DENSE, Scheme, from_plan, from_recipe, schemes
-from compress.model import open_config
 from compress.plan import AttentionPlan, read_plan
 from compress.report_page import update_report
-from compress.source import hub_config_folder, hub_weight_bytes, locate
+from compress.source import locate
 
 OWN = "own"
 FIRST, MOST = 1024, 32768  # tokens; what is counted unless lengths are given, as far as the context goes
@@ -67,15 +66,18 @@ def bench_kv(model: str, kv: str = OWN, lengths: Sequence[int] | None = None) ->
         InputError: no such model, recipe or plan; heads that can't be packed; an artifact without a plan; a plan for
             another model; a length beyond the context.
     """
-    config, name = _config(model)
+    try:
+        config, name = open_any_config(model)
+    except InputError as error:
+        raise error.under("ARTIFACT") from error
     context = getattr(config, "max_position_embeddings", None)
     chosen = _lengths(lengths, context)
     shape = Shape.of(config)
     if shape.width % 8:
         raise InputError("ARTIFACT", model, f"its heads of {shape.width} can't be packed", allowed="multiples of 8")
     subject = _subject(model, kv, config)
-    others = [scheme for scheme in schemes(config).values() if scheme.name not in (subject.name, DENSE)]
-    dense = schemes(config)[DENSE]
+    known = schemes(config)
+    dense, others = known[DENSE], [known[name] for name in known if name not in (subject.name, DENSE)]
     rows: list[KVRow] = []
     for length in chosen:
         full = filled_bytes(_made(dense), shape, [length]).allocated
@@ -140,21 +142,6 @@ def _made(scheme: Scheme) -> Any:
     return scheme.make(0)
 
 
-def _config(model: str) -> tuple[PreTrainedConfig, str]:
-    """Config and name of a model, or of one whose weights are packed already."""
-    try:
-        found = locate(model)
-        folder = found.path
-        if folder is None:
-            folder = hub_config_folder(model, online=hub_weight_bytes(model) is not None)
-        if folder.is_dir() and is_compressed(folder, model):
-            return AutoConfig.from_pretrained(str(folder)), model if found.kind == "hub" else folder.resolve().name
-        facts = open_config(model)
-        return facts.config, facts.name
-    except InputError as error:
-        raise error.under("ARTIFACT") from error
-
-
 def _lengths(lengths: Sequence[int] | None, context: int | None) -> list[int]:
     most = MOST if context is None else context
     if lengths is None:
@@ -181,7 +168,12 @@ def _subject(model: str, kv: str, config: PreTrainedConfig) -> Scheme:
         return _checked(path.name, config, AttentionPlan.from_json(read_json(path, kv), kv))
     if path.is_dir() and (plan := read_plan(path)) is not None:
         return _checked(path.resolve().name, config, plan)
-    return from_recipe(kv, config)
+    try:
+        return from_recipe(kv, config)
+    except InputError as error:
+        if error.option != "--recipe":
+            raise
+        raise error.under("--kv") from error
 
 
 def _checked(name: str, config: PreTrainedConfig, plan: AttentionPlan) -> Scheme:

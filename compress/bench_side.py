@@ -9,7 +9,7 @@ from typing import Literal
 
 import compressed_tensors  # noqa: F401  (the libraries belong to the base line of memory, not to a model)
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import AutoConfig, Cache, PreTrainedConfig, PreTrainedModel
 
 from compress.artifact.export import read_report, weight_files
 from compress.calibrate.errors import InputError
@@ -24,9 +24,9 @@ from compress.evalsuite.efficiency import (
     timed_pass,
 )
 from compress.memory import release
-from compress.model import open_model
+from compress.model import open_config, open_model
 from compress.runtime import load
-from compress.source import download, locate
+from compress.source import download, hub_config_folder, hub_weight_bytes, locate
 
 ADVICE = "free some, or try --one-at-a-time, a shorter --prompt-tokens, shorter --lengths"
 _WARM_UP_TOKENS = 4
@@ -211,6 +211,27 @@ def is_compressed(folder: Path, model: str) -> bool:
         InputError: it has no config.
     """
     return read_report(folder) is not None or "quantization_config" in read_json(folder / "config.json", model)
+
+
+def open_any_config(model: str) -> tuple[PreTrainedConfig, str]:
+    """Config and name of a model, also of one whose weights are packed already; no weights are read or fetched.
+
+    Raises:
+        InputError: no such model, or a config that isn't valid.
+    """
+    found = locate(model)
+    folder = found.path
+    if folder is None:
+        folder = hub_config_folder(model, online=hub_weight_bytes(model) is not None)
+    if not folder.is_dir() or not is_compressed(folder, model):
+        facts = open_config(model)
+        return facts.config, facts.name
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, TypeError, ValueError) as error:
+        problem = f"its config isn't valid ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        raise InputError("--model", model, problem) from error
+    return config, model if found.kind == "hub" else folder.resolve().name
 
 
 def _disk_bytes(model: str) -> int:

@@ -1,12 +1,12 @@
 """Where ``compress eval`` leaves its figures: a JSON file of its own, or a folder in lm-eval's layout."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.artifact.layout import report_text
 from compress.calibrate.errors import InputError
 from compress.evalsuite.catalogue import harness_tasks
 from compress.evalsuite.harness import Samples
@@ -66,7 +66,7 @@ class Output:
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Write everything, if this is a file."""
         if self._is_file:
-            write_text(self.path, json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
+            write_text(self.path, report_text(dict(outcome)))
 
     @property
     def _is_file(self) -> bool:

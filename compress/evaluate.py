@@ -33,6 +33,20 @@ Open = Callable[[], PreTrainedModel]
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A model to score.
+
+    Attributes:
+        open: loads it.
+        cache: makes the cache that it is scored and generates through; None is the one that it makes itself where it
+            generates, while what is only read goes through none.
+    """
+
+    open: Open
+    cache: Callable[[], Cache] | None = None
+
+
+@dataclass(frozen=True)
 class EvalOutcome:
     """What an evaluation found.
 
@@ -198,26 +212,24 @@ def score_models(
     told: Callable[[str, float], None] = lambda which, seconds: None,
 ) -> EvalOutcome:
     """Score a baseline and a model on the same items: :func:`score_all` for one model, named ``compressed``."""
-    (outcome,) = score_all({"compressed": model}, baseline, tokenizer, prepared, cache, told)
+    (outcome,) = score_all({"compressed": Candidate(model, cache)}, baseline, tokenizer, prepared, told)
     return outcome
 
 
 def score_all(
-    models: Mapping[str, Open],
+    models: Mapping[str, Candidate],
     baseline: Open | None,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
-    cache: Callable[[], Cache] | None = None,
     told: Callable[[str, float], None] = lambda which, seconds: None,
 ) -> Iterator[EvalOutcome]:
     """Score a baseline once, and models on the same items, one in memory at a time.
 
     Args:
-        models: load the models, by name.
+        models: by name; with a cache for one of them, all windows go through caches, the others' through their own.
         baseline: loads the baseline, if there is one.
         tokenizer: of all of them.
         prepared: tasks, settings and texts.
-        cache: makes the models' caches.
         told: called when a model is scored, with its name or ``original``, and seconds.
 
     Yields:
@@ -226,14 +238,15 @@ def score_all(
     Raises:
         InputError: a task that doesn't fit a model; a baseline that can't be compared.
     """
-    settings = prepared.settings if cache is None else prepared.settings.through_cache()
+    cached = any(model.cache is not None for model in models.values())
+    settings = prepared.settings.through_cache() if cached else prepared.settings
 
-    def measure(which: str, load: Open, cache: Callable[[], Cache] | None) -> tuple[Scores, float | None]:
+    def measure(which: str, model: Candidate) -> tuple[Scores, float | None]:
         started = time.perf_counter()
         samples: Samples = {}
         used = material if prepared.on_scores is None else replace(material, on_samples=samples.update)
-        loaded = load()
-        scores = score(loaded, tokenizer, prepared.tasks, settings, used, cache)
+        loaded = model.open()
+        scores = score(loaded, tokenizer, prepared.tasks, settings, used, model.cache)
         rate = sink_rate(loaded, pieces.split(SINK_BATCH)) if len(pieces) else None
         del loaded
         release()
@@ -248,9 +261,9 @@ def score_all(
         text = material.text.ids if reference is not None and material.text is not None else torch.empty(0)
         pieces = sink_windows(text)
         # The baseline comes first, because divergence looks back to it.
-        before, first = (None, None) if baseline is None else measure("original", baseline, None)
-        for name, load in models.items():
-            after, rate = measure(name, load, cache)
+        before, first = (None, None) if baseline is None else measure("original", Candidate(baseline))
+        for name, model in models.items():
+            after, rate = measure(name, model)
             rows = [] if before is None else compare(before, after)
             sinks = None if first is None or rate is None else SinkChange(first, rate, len(pieces))
             yield EvalOutcome(after, before, rows, prepared.text, prepared.haystack, sinks)

@@ -86,8 +86,17 @@ def predict_bytes(plan: AttentionPlan, config: Any, length: int) -> KVBytes:
         config: of the model, for the window of its sliding layers.
         length: tokens.
     """
+    return _compiled(plan, config, length).nbytes
+
+
+def layer_bytes(plan: AttentionPlan, config: Any, length: int) -> list[KVBytes]:
+    """The same of every layer by itself, without what they share."""
+    return [layer.nbytes for layer in _compiled(plan, config, length).layers]
+
+
+def _compiled(plan: AttentionPlan, config: Any, length: int) -> CompiledPlan:
     window = getattr(config.get_text_config(decoder=True), "sliding_window", None)
-    return compile_plan(plan, length, native_window=window).nbytes
+    return compile_plan(plan, length, native_window=window)
 
 
 def packed_bytes(packing: Packing, bits: KVBits, length: int, heads: int, width: int) -> KVBytes:

@@ -6,7 +6,7 @@ it is there.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from compress.comparison import named_reports
 from compress.device import pick_device
 from compress.eval_inputs import check_eval, prepare_eval
 from compress.evalsuite.report import Comparison, compare_reports
-from compress.evaluate import eval_section, load_to, score_all, token_problem
+from compress.evaluate import Candidate, eval_section, load_to, score_all, token_problem
 from compress.events import Event, Message, StageDone, StageStarted
 from compress.options import BenchOptions, EvalOptions
 from compress.report_page import update_report
@@ -61,8 +61,6 @@ def prove(
     settings = _settings(options, tasks) if tasks else {}
     check_eval(options, tasks, dense.context)
     prepared = prepare_eval(options, tasks, dense.tokenizer)
-    if any(found.plan is not None for found in models.values()):
-        prepared = replace(prepared, settings=prepared.settings.through_cache())
     if bench_options is not None:
         for folder in artifacts:
             update_report(folder, efficiency=bench(folder, source, bench_options, emit))
@@ -71,7 +69,7 @@ def prove(
         started = time.perf_counter()
         device = pick_device(options.device)
         outcomes = score_all(
-            {name: partial(load_to, found, device) for name, found in models.items()},
+            {name: Candidate(partial(load_to, found, device), found.cache) for name, found in models.items()},
             partial(load_to, dense, device),
             dense.tokenizer,
             prepared,

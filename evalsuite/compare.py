@@ -126,6 +126,7 @@ def _own_facts(before: Scores, after: Scores) -> list[_Fact]:
             ("number of perplexity windows", len(before.perplexity.nll), len(after.perplexity.nll)),
         ]
     if before.text_tokens and after.text_tokens:
+        facts.append(("way through the KV cache", before.settings.feed, after.settings.feed))
         facts.append(("perplexity text", before.text_tokens, after.text_tokens))
     if before.long_context and after.long_context:
         facts.append(("haystack", before.haystack, after.haystack))
@@ -139,7 +140,7 @@ def _harness_facts(before: Scores, after: Scores) -> list[_Fact]:
     if not (before.harness and after.harness):
         return []
     facts: list[_Fact] = [("max_length", before.harness["max_length"], after.harness["max_length"])]
-    for key in ("limit", "apply_chat_template", "system_instruction"):
+    for key in ("limit", "apply_chat_template", "system_instruction", "fewshot_as_multiturn"):
         facts.append((key, getattr(before.settings, key), getattr(after.settings, key)))
     for task in before.harness["configs"].keys() & after.harness["configs"].keys():
         for name, key in (("version", "versions"), ("few-shot examples", "n-shot"), ("questions", "n-samples")):

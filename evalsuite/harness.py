@@ -20,7 +20,7 @@ from compress.evalsuite.head import CacheFactory
 from compress.evalsuite.items import TaskItems, task_items
 from compress.evalsuite.quiet import quiet, seeded, single_process, templates_kept, weights_untouched
 from compress.evalsuite.settings import EvalSettings
-from compress.evalsuite.task_errors import blamed_on, guard, try_first_document
+from compress.evalsuite.task_errors import blamed_on, check_examples, guard, try_documents, try_first_document
 from compress.evalsuite.task_folder import absolute_data_files
 
 _OFFLINE = "connect to the Hugging Face Hub, or give a task folder with local data (--task-path)"
@@ -125,14 +125,15 @@ def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
 
     Args:
         tasks: names of lm-eval tasks, groups or tags.
-        settings: task folder and few-shot examples.
+        settings: task folder, few-shot examples, limit.
 
     Returns:
         lm-eval's ``TaskDict``: tasks and groups by name, and each group's members.
 
     Raises:
         InputError: a task doesn't exist; its data is missing, unreadable or out of reach; the task file doesn't fit
-            its data, as far as the first document shows; it runs generated code.
+            its data, as far as documents without a model's answers show; there are too few documents for the examples
+            asked for; it runs generated code.
     """
     wanted = [name for name in tasks if name != PERPLEXITY]
     selection = select_tasks(wanted, settings.task_path)
@@ -154,8 +155,10 @@ def load_tasks(tasks: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
             # A task that sets zero examples itself means it, as in lm-eval's own command.
             if default is None or (settings.num_fewshot is not None and default != 0):
                 task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+                check_examples(task, name)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
             try_first_document(task, name, selection.file(name), settings.system_instruction)
+            try_documents(task, name, selection.file(name), settings.limit)
             guard(task, name, selection.file(name))
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # as if no examples had been drawn yet
     return out

@@ -1,4 +1,4 @@
-"""Task files that don't fit their data: found on the first document where that is possible, and always said clearly.
+"""Task files that don't fit their data: found on the documents alone where that is possible, and always said clearly.
 
 A task file is a program: templates, names of columns, Python functions. What goes wrong in it may be any of Python's
 usual errors, in the middle of an evaluation. It is the author's to mend, so that it becomes an ``InputError``.
@@ -34,6 +34,12 @@ LONGEST = 300
 _KEYS = ("doc_to_", "process_")
 """How lm-eval's functions begin that do what a key of the same name says."""
 
+_SPLITS = "dataset_dict.py"
+"""Where datasets looks for a split."""
+
+_NO_ROWS = "out of bounds for size 0"
+"""What datasets says of the first row of a table that has none."""
+
 _NUMBERS = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
 """A made-up answer to each kind of request that isn't answered by a text."""
 
@@ -43,8 +49,8 @@ class _MisfitError(ValueError):
 
 
 @contextmanager
-def blamed_on(task: str, file: Path | None) -> Iterator[None]:
-    """What a task file raises becomes an error that names task, file and cause.
+def blamed_on(task: str, file: Path | None, document: int | None = None) -> Iterator[None]:
+    """What a task file raises becomes an error that names task, file, number of the document if given, and cause.
 
     Raises:
         InputError: anything out of ``MISFITS`` was raised.
@@ -55,7 +61,8 @@ def blamed_on(task: str, file: Path | None) -> Iterator[None]:
         raise
     except MISFITS as error:
         named = "the task file" if file is None else f"the task file {file}"
-        raise InputError("eval.tasks", task, f"{named} does not fit its data: {_cause(error)}") from error
+        place = "" if document is None else f"document {document}: "
+        raise InputError("eval.tasks", task, f"{named} does not fit its data: {place}{_cause(error)}") from error
 
 
 def guard(task: Any, name: str, file: Path | None) -> None:
@@ -111,6 +118,45 @@ def try_first_document(task: Any, name: str, file: Path | None, system_instructi
                 _check_metrics(task, found)
 
 
+def try_documents(task: Any, name: str, file: Path | None, limit: int | None) -> None:
+    """Let the task file read every document that will be asked about, which takes no model and a moment.
+
+    Args:
+        task: lm-eval's task, with its data.
+        name: its name.
+        file: where it is defined, if that is known.
+        limit: number of documents; None for all.
+
+    Raises:
+        InputError: the task file doesn't fit one of them.
+    """
+    choices = task.OUTPUT_TYPE == "multiple_choice"
+    for number, (_, document) in enumerate(task.doc_iterator(limit=limit), 1):
+        with blamed_on(name, file, number):
+            task.doc_to_text(document)
+            task.doc_to_target(document)
+            if choices:
+                task.doc_to_choice(document)
+
+
+def check_examples(task: Any, name: str) -> None:
+    """Whether a task has documents for as many examples as were asked for on the command line or in the recipe.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    from lm_eval.api.samplers import SAMPLER_REGISTRY
+
+    count, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if sampler is None or type(sampler) not in SAMPLER_REGISTRY.values():
+        return
+    # Where lm-eval leaves out the question itself, it draws one example more than are shown.
+    most = len(sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
+    if count > most:
+        problem = f"the task {name} has {len(sampler.df)} documents to take examples from"
+        raise InputError("eval.num_fewshot", count, problem, allowed=f"0 to {most}")
+
+
 def _check_choices(task: Any, document: Any) -> None:
     """What lm-eval would count as wrong answers of every model, without a word."""
     choices = task.doc_to_choice(document)
@@ -162,7 +208,12 @@ def _known_aggregations() -> list[Any]:
 
 def _cause(error: BaseException) -> str:
     """The key of the task file that was being read, if one was, and what Python says."""
-    parts = [frame.name for frame in extract_tb(error.__traceback__) if frame.name.startswith(_KEYS)][-1:]
+    frames = extract_tb(error.__traceback__)
+    if isinstance(error, KeyError) and frames[-1].filename.endswith(_SPLITS):
+        return f"its data has no split {error}"
+    if isinstance(error, IndexError) and str(error).endswith(_NO_ROWS):
+        return "no document is left of its data"
+    parts = [frame.name for frame in frames if frame.name.startswith(_KEYS)][-1:]
     parts += ["" if isinstance(error, _MisfitError) else type(error).__name__, _cut(" ".join(str(error).split()))]
     return ": ".join(part for part in parts if part)
 

@@ -107,8 +107,24 @@ def check_data_files(file: TaskFile) -> None:
                 fix=f"data files are relative to the task file {file.path}",
             )
         for path in found:
-            if path.stat().st_size <= 4096 and path.read_bytes().strip() in (b"", b"[]", b"{}"):
+            if _is_empty(path):
                 raise InputError("eval.tasks", file.name, f"its data file {path} is empty")
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a data file holds no document; a damaged one is left to who reads it."""
+    if path.stat().st_size > 4096:
+        return False
+    if path.suffix == ".parquet":
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            return bool(ParquetFile(path).metadata.num_rows == 0)
+        except ArrowInvalid:
+            return False
+    content = path.read_bytes().strip()
+    return content in (b"", b"[]", b"{}") or (path.suffix in (".csv", ".tsv") and b"\n" not in content)
 
 
 def _read_merged(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Path]:

@@ -65,7 +65,8 @@ class Inspection:
         known = sorted((m for m in modules if m["relative_error"] is not None), key=lambda m: -m["relative_error"])
         lines += [f"  worst: {m['name']} W{m['bits']} rel.err {m['relative_error']:.4f}" for m in known[:5]]
         for row in (self.report.get("eval") or {}).get("rows", []):
-            lines.append(f"  {row['task']} {row['metric']}: {row['before']} -> {row['after']}")
+            before, after = ("none" if row[side] is None else f"{row[side]:.5g}" for side in ("before", "after"))
+            lines.append(f"  {row['task']} {row['metric']}: {before} -> {after}")
         lines += [f"  DAMAGED: {name} isn't the file that was written" for name in self.damaged]
         return lines
 

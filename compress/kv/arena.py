@@ -141,6 +141,23 @@ class Arena:
             values.append(kv_unpack(codes, params, self.widths.value_bits, _of(v, place))[0, 0])
         return torch.cat(keys), torch.cat(values)
 
+    def everything(self, width: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [batch, KV heads, slots, width] float32; slots behind a head's count mean nothing."""
+        slots = 0 if self.keys is None else self.keys.shape[2]
+        keys, values = (torch.zeros(*self.counts.shape, slots, width, device=self.device) for _ in range(2))
+        for epoch in self.epochs:
+            first, end = int(epoch.bounds[..., 0].min()), int(epoch.bounds[..., 1].max())
+            there = torch.arange(first, end, device=self.device)
+            own = ((there >= epoch.bounds[..., :1]) & (there < epoch.bounds[..., 1:]))[..., None]
+            place = Place(slice(None), slice(None))
+            for name, held, bits in (("keys", keys, self.widths.key_bits), ("values", values, self.widths.value_bits)):
+                params = self.key_params if name == "keys" else self.value_params
+                codes, params = (_read(room, place, slice(first, end)) for room in (getattr(self, name), params))
+                if codes is not None:
+                    found = kv_unpack(codes, params, bits, getattr(epoch.channels, name))
+                    held[:, :, first:end] = torch.where(own, found, held[:, :, first:end])
+        return keys, values
+
     def crop(self, counts: Tensor) -> None:
         """Keep the first so many slots, [batch, KV heads] int32; what is behind them is written over later."""
         self.counts = counts

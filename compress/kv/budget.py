@@ -108,26 +108,26 @@ def prompt_tokens(length: int) -> int:
     return length - length // TAIL
 
 
-def choose(errors: Sequence[Sequence[float]], sizes: Sequence[int], limit: int) -> Choice:
+def choose(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], limit: int) -> Choice:
     """The ways of packing with the least summed error.
 
     Args:
         errors: of each layer and each of ``CANDIDATES``.
-        sizes: bytes of a layer packed by each of them.
+        sizes: bytes of each layer packed by each of them.
         limit: bytes that all layers may take together.
 
     Raises:
         ValueError: no choice fits.
     """
-    layers, ways = len(errors), len(sizes)
-    cost = np.asarray(errors, dtype=np.float64)
+    cost, room = (np.asarray(table, dtype=np.float64) for table in (errors, sizes))
+    layers, ways = cost.shape
     scale = max(float(cost.max()), 1e-30)
     one_each = np.kron(np.eye(layers), np.ones(ways))
     found = milp(
         (cost / scale).ravel(),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.tile(np.asarray(sizes, dtype=np.float64), layers)[None], 0, limit),
+            LinearConstraint(room.reshape(1, -1), 0, limit),
         ],
         integrality=np.ones(layers * ways),
         bounds=Bounds(0, 1),
@@ -138,5 +138,5 @@ def choose(errors: Sequence[Sequence[float]], sizes: Sequence[int], limit: int) 
     return Choice(
         tuple(CANDIDATES[way] for way in picked),
         tuple(float(cost[layer, way]) for layer, way in enumerate(picked)),
-        sum(int(sizes[way]) for way in picked),
+        sum(int(sizes[layer][way]) for layer, way in enumerate(picked)),
     )

@@ -24,6 +24,8 @@ from compress.kv.part import Call, Part
 from compress.kv.plain import PlainPart
 from compress.kv.window import Tokens
 
+NO_GRADIENTS = "a packed KV cache has no gradients; call the model under torch.no_grad()"
+
 
 class Handle:
     """What stands in the place of keys and values between ``update`` and the attention function."""
@@ -34,7 +36,8 @@ class Handle:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"this cache's keys and values have no {name!r}: another attention function than 'compress_plan' was "
-            "called; select it with model.set_attn_implementation('compress_plan')"
+            "called; select it with model.set_attn_implementation('compress_plan'), or make the cache with "
+            "PlanCache(..., materialize=True)"
         )
 
 

@@ -38,12 +38,19 @@ class PackedFormat:
         bits: of these heads.
         layer: number of the layer, which seeds its probes.
         rotation: shared by all layers, or None.
+        blind: no queries are shown, so the newest tokens of a flush pass for the salient ones.
     """
 
     packing: Packing
     bits: KVBits
     layer: int
     rotation: Rotation | None
+    blind: bool = False
+
+    @property
+    def scored(self) -> bool:
+        """Whether tokens are told apart by the attention that they receive."""
+        return self.bits.scored and not self.blind
 
 
 class PackedPart:
@@ -74,7 +81,7 @@ class PackedPart:
             raise ValueError(
                 f"layer {self.format.layer}: heads of {key.shape[-1]} can't be packed; allowed: a multiple of 8"
             )
-        self.window = Window(self.format.packing.window_bits, key, self.format.bits.scored)
+        self.window = Window(self.format.packing.window_bits, key, self.format.scored)
         self.store = Store(self.format.packing, self.format.bits, key)
 
     def step(self, query: Tensor, new: Tokens, scaling: float) -> Tensor:
@@ -86,7 +93,7 @@ class PackedPart:
         if self.window.append(new):
             self.reader.forget()
         self._steps += 1
-        if self.format.bits.scored and self._steps % PROBE_EVERY == 0:
+        if self.format.scored and self._steps % PROBE_EVERY == 0:
             self._probe(query, lse, scaling)
         self._flush_if_due(new[:0])
         return out.to(new.values.dtype)
@@ -110,6 +117,15 @@ class PackedPart:
         """See :class:`compress.kv.part.Part`."""
         new.keys = self._rotated(new.keys)
         self._take(new, call.first)
+
+    def tokens(self) -> Tokens:
+        """All tokens in their order, unpacked, [batch, n, tokens, head_dim] float32 in the model's own space.
+
+        Every sequence must hold equally many.
+        """
+        held = Tokens.joined(self.store.tokens(), self.window.tokens())
+        rotation = self.format.rotation
+        return held if rotation is None else Tokens(rotation.back(held.keys), held.values)
 
     def crop(self, removed: Tensor) -> None:
         """See :class:`compress.kv.part.Part`; packed tokens go too, and the others stay as they are."""
@@ -149,7 +165,7 @@ class PackedPart:
             out = F.scaled_dot_product_attention(
                 query, new.keys, new.values, is_causal=len(new) > 1, scale=call.scaling, enable_gqa=True
             )
-        if self.format.bits.scored:
+        if self.format.scored:
             self._score_prompt(query, new, call)
         return out
 
@@ -170,7 +186,7 @@ class PackedPart:
     def _further(self, query: Tensor, new: Tokens, call: Call) -> tuple[Tensor, Tokens, Tensor]:
         """Tokens behind others: what is packed is seen by all, the window and the chunk causally."""
         held, count, first = self.window.tokens(), len(new), call.first
-        scored = self.format.bits.scored
+        scored = self.format.scored
         if scored:
             new.mass = query.new_zeros(new.keys.shape[:3], dtype=torch.float32)
             new.seen = query.new_zeros(len(query), count, dtype=torch.float32)

@@ -133,6 +133,12 @@ class PlainPart:
         """See :class:`compress.kv.part.Part`."""
         self._hold(*self._joined(new, call))
 
+    def tokens(self) -> Tokens:
+        """All tokens in their order, where no head drops one and every sequence holds equally many."""
+        assert self.ring is None
+        slots = slice(0, int(self.counts[0]))
+        return Tokens(self.near.keys[:, :, slots], self.near.values[:, :, slots])
+
     def crop(self, removed: Tensor) -> None:
         """See :class:`compress.kv.part.Part`."""
         self.counts = self.counts - removed

@@ -23,6 +23,10 @@ class Rotation:
             self._there = self.matrix if states.dtype == torch.float32 and states.is_cpu else self.matrix.to(states)
         return states @ self._there
 
+    def back(self, states: Tensor) -> Tensor:
+        """``states R^T`` of float32 states: vectors as they were before they were turned."""
+        return states @ self.matrix.T.to(states.device)
+
     @property
     def nbytes(self) -> int:
         """Bytes that it occupies."""

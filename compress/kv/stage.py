@@ -21,7 +21,7 @@ from compress.kv.copying import Place, anywhere, best, copying_scores, how_many
 from compress.kv.settings import bits_of, copying_bits, packing_of
 from compress.model import ModelFacts
 from compress.plan import AttentionPlan, KVBits, Source
-from compress.plan_compile import predict_bytes
+from compress.plan_compile import layer_bytes, predict_bytes
 from compress.plan_writer import PlanWriter
 from compress.recipe import Recipe
 from compress.schema import KV
@@ -79,10 +79,10 @@ class KVStage:
         facts = job.view.facts
         started = time.perf_counter()
         job.emit(StageStarted("kv", facts.num_layers))
-        choice = None if settings.budget is None else _chosen(job, settings)
+        copying = _copying(job, settings)
+        choice = None if settings.budget is None else _chosen(job, settings, copying)
         layers = packed_layers(facts)
         bits = bits_of(settings, layers) if choice is None else dict(zip(layers, choice.bits, strict=True))
-        copying = _copying(job, settings)
         digest = None if choice is None or job.calibration is None else job.calibration.digest
         job.plan = _plan(facts, job.recipe, bits, job.plan, digest, copying)
         job.report["kv"] = report = _report(facts, settings, job.plan, bits, choice)
@@ -121,17 +121,17 @@ def _check_budget(facts: ModelFacts, recipe: Recipe, settings: KV) -> None:
         )
 
 
-def _chosen(job: Job, settings: KV) -> Choice:
+def _chosen(job: Job, settings: KV, copying: Sequence[Place]) -> Choice:
     """The bits of every packed layer by their errors on the calibration text; what is known already is kept."""
     state = job.folder.stage("kv")
     if "errors" not in state:
         state["errors"] = _errors(job, settings)
         job.folder.save()
     facts = job.view.facts
-    length = settings.budget_tokens
     assert settings.budget is not None
-    limit = int(_dense_bytes(facts, length) / settings.budget) - _apart(facts, length)
-    return choose(state["errors"], _candidate_bytes(facts, job.recipe, length), limit)
+    sizes, apart = _candidate_bytes(facts, job.recipe, copying)
+    limit = int(_dense_bytes(facts, settings.budget_tokens) / settings.budget) - apart
+    return choose(state["errors"], sizes, limit)
 
 
 def _errors(job: Job, settings: KV) -> list[list[float]]:
@@ -222,13 +222,16 @@ def _dense_bytes(facts: ModelFacts, length: int) -> int:
     return each * length * len(packed_layers(facts)) + _apart(facts, length)
 
 
-def _candidate_bytes(facts: ModelFacts, recipe: Recipe, length: int) -> list[int]:
-    """Bytes of one layer packed in each of the ways that may be chosen."""
-    layers, found = packed_layers(facts), []
+def _candidate_bytes(facts: ModelFacts, recipe: Recipe, copying: Sequence[Place]) -> tuple[list[list[int]], int]:
+    """Bytes of each packed layer in each of the ways that may be chosen, and of all that no choice changes."""
+    layers, length = packed_layers(facts), _present(recipe).budget_tokens
+    columns, apart = [], 0
     for bits in CANDIDATES:
-        whole = predict_bytes(_plan(facts, recipe, dict.fromkeys(layers, bits)), facts.config, length).allocated
-        found.append(-(-(whole - _apart(facts, length)) // len(layers)))
-    return found
+        plan = _plan(facts, recipe, dict.fromkeys(layers, bits), copying=copying)
+        found = layer_bytes(plan, facts.config, length)
+        columns.append([found[layer].allocated for layer in layers])
+        apart = predict_bytes(plan, facts.config, length).allocated - sum(columns[-1])
+    return [list(row) for row in zip(*columns, strict=True)], apart
 
 
 def _apart(facts: ModelFacts, length: int) -> int:

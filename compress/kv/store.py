@@ -134,6 +134,25 @@ class Store:
         sink_keys, sink_values = (x[row, head, held].float() for x in (self.sinks.keys, self.sinks.values))
         return torch.cat([sink_keys, keys]), torch.cat([sink_values, values])
 
+    def tokens(self) -> Tokens:
+        """All of it in the order of the tokens, sinks first, [batch, KV heads, tokens, head_dim] float32.
+
+        Every sequence and head must hold equally many.
+        """
+        count = int(self.packed().max())
+        parts = [arena.everything(self.width) for arena in self.arenas.values()]
+        keys, values = (torch.cat(states, 2) for states in zip(*parts, strict=True))
+        if self.labels is not None:  # salient tokens lie in front, in their order, the others behind all of their room
+            high = self.labels.read(Place(slice(None), slice(None)), count)
+            behind = parts[0][0].shape[2] + (~high).cumsum(2)
+            slots = (torch.where(high, high.cumsum(2), behind) - 1)[..., None].expand(-1, -1, -1, self.width)
+            keys, values = keys.gather(2, slots), values.gather(2, slots)
+        held = Tokens(keys[:, :, :count], values[:, :, :count])
+        if self.sinks is None:
+            return held
+        sinks = slice(0, int(self.sinks.counts.max()))
+        return Tokens.joined(Tokens(self.sinks.keys[:, :, sinks], self.sinks.values[:, :, sinks]), held)
+
     def change(self, change: Change) -> None:
         """Apply a function of the batch's dimension to every tensor."""
         changed: dict[int, Tensor] = {}

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
-from compress.kv.layer import Handle
+from compress.kv.layer import NO_GRADIENTS, Handle
 
 NAME = "compress_plan"
 _HARMLESS = (
@@ -56,30 +56,33 @@ def plan_attention(
     if not isinstance(key, Handle):
         _refuse(module, kwargs, _SDPA)
         return _plain(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    _refuse(module, kwargs)
+    _refuse(module, kwargs, packed=True)
     if dropout or (attention_mask is not None and attention_mask.dim() != 2):
         what = "dropout" if dropout else f"a mask of {attention_mask.dim()} dimensions"  # type: ignore[union-attr]
-        raise _unknown(module, what)
+        raise _unknown(module, what, packed=True)
     if query.requires_grad:
-        raise ValueError("a packed KV cache has no gradients; call the model under torch.no_grad()")
+        raise ValueError(NO_GRADIENTS)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = key.layer.attend(query, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(module: nn.Module, kwargs: dict[str, Any], known: tuple[str, ...] = ()) -> None:
+def _refuse(module: nn.Module, kwargs: dict[str, Any], known: tuple[str, ...] = (), packed: bool = False) -> None:
     """Raise for an argument that would change attention."""
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise _unknown(module, "attention that isn't causal")
+        raise _unknown(module, "attention that isn't causal", packed)
     for name, held in kwargs.items():
         if name in known or held is None or held is False or name == "is_causal":
             continue
         if name not in _HARMLESS or name == "output_attentions":
-            raise _unknown(module, name)
+            raise _unknown(module, name, packed)
 
 
-def _unknown(module: nn.Module, what: str) -> ValueError:
-    return ValueError(f"the attention function {NAME!r} doesn't compute {what} (of {type(module).__name__})")
+def _unknown(module: nn.Module, what: str, packed: bool) -> ValueError:
+    problem = f"the attention function {NAME!r} doesn't compute {what} (of {type(module).__name__})"
+    if packed:
+        problem += "; for a function that does, make the cache with PlanCache(..., materialize=True)"
+    return ValueError(problem)
 
 
 def _plain(

@@ -9,6 +9,7 @@ from compress.calibrate.errors import InputError
 from compress.kv.bytes import KVBytes
 from compress.kv.growing import GrowingLayer
 from compress.kv.layer import Cluster, PlanLayer, plain_bytes
+from compress.kv.materialized import MaterializedLayer
 from compress.kv.packed import PackedFormat, PackedPart
 from compress.kv.part import Part
 from compress.kv.plain import PlainPart, Reach
@@ -30,24 +31,35 @@ class PlanCache(Cache):
     heads see different tokens. Layers that aren't in the plan, and those with a sliding window or a recurrence, are
     transformers' own.
 
+    With ``materialize`` it may keep the attention function it has (``eager``, ``sdpa``, ...): ``update`` returns all
+    tokens unpacked, as tensors. Codes are those that are kept anyhow, and so is attention, to rounding, but for what
+    needs the queries or the mask: salient tokens are the newest of those packed together, and padding is packed like
+    tokens, hidden by the model's own mask. Each call unpacks a layer, which is slower and takes its memory for a while.
+
     Args:
         config: of the model.
         plan: made for this model; heads as in the checkpoint, or as they are loaded (``model.attention_plan``).
         length: tokens, prompt and answer together, that windows of elastic heads are made for; None lets them grow
             with the text.
+        materialize: return tensors instead of handles, for attention functions that can't take these.
 
     Raises:
-        InputError: a plan for another model, or one that asks for what this version doesn't run.
+        InputError: a plan for another model, one that asks for what this version doesn't run, or, with
+            ``materialize``, one whose heads don't attend to all tokens.
     """
 
-    def __init__(self, config: PreTrainedConfig, plan: AttentionPlan, length: int | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, plan: AttentionPlan, length: int | None = None, materialize: bool = False
+    ) -> None:
         decoder = config.get_text_config(decoder=True)
         plan.check(decoder)
         if getattr(decoder, PERMUTED, False):
             plan = as_loaded(plan)
-        self.plan, self.length = plan, length
+        self.plan, self.length, self.materialize = plan, length, materialize
         for index, layer in enumerate(plan.layers):
             _check(plan, index, layer)
+            if materialize:
+                _check_dense(index, layer)
         packed = any(head.kv for layer in plan.layers for head in layer.heads)
         turned = packed and plan.packing is not None and plan.packing.rotate
         self.rotation = Rotation(plan.fingerprint.head_dim) if turned else None
@@ -64,7 +76,7 @@ class PlanCache(Cache):
         clusters = [
             Cluster(None if len(rules) == 1 else heads, self._part(index, rule)) for rule, heads in rules.items()
         ]
-        return PlanLayer(index, clusters)
+        return MaterializedLayer(index, clusters) if self.materialize else PlanLayer(index, clusters)
 
     def _part(self, index: int, rule: Head) -> Part:
         if rule.topk is not None:
@@ -72,7 +84,7 @@ class PlanCache(Cache):
         if rule.kv is None:
             return PlainPart(Reach(rule.sink, rule.window, rule.stride, self.length))
         assert self.plan.packing is not None
-        return PackedPart(PackedFormat(self.plan.packing, rule.kv, index, self.rotation))
+        return PackedPart(PackedFormat(self.plan.packing, rule.kv, index, self.rotation, blind=self.materialize))
 
     def _finder(self, topk: TopK) -> Finder:
         assert self.plan.search is not None
@@ -95,6 +107,20 @@ def _rules(layer: Layer) -> dict[Head, tuple[int, ...]]:
         found.setdefault(head, []).append(number)
     ordered = sorted(found.items(), key=lambda rule: (not rule[0].window.full, rule[1]))
     return {head: tuple(heads) for head, heads in ordered}
+
+
+def _check_dense(index: int, layer: Layer) -> None:
+    """Raise for heads whose attention isn't that of all tokens."""
+    heads = [number for number, head in enumerate(layer.heads) if not head.window.full or head.topk or head.stride]
+    if heads:
+        does = "searches for far tokens" if layer.heads[heads[0]].topk else "sees a window"
+        raise InputError(
+            FILE,
+            None,
+            f"layer {index}: KV head {heads[0]} {does}, which materialize=True can't tell the model's attention",
+            allowed="heads that see everything, packed or not",
+            fix="leave materialize out, and model.set_attn_implementation('compress_plan')",
+        )
 
 
 def _check(plan: AttentionPlan, index: int, layer: Layer) -> None:

@@ -16,10 +16,10 @@ _KV_LINES = 2
 
 def table(section: dict[str, Any]) -> list[str]:
     """At most fourteen lines: what was measured, a table, and what it means. All lengths are in the JSON only."""
-    threads = f"{section['threads']} thread{'' if section['threads'] == 1 else 's'}"
+    threads, rounds = (f"{section[key]} {key[:-1] if section[key] == 1 else key}" for key in ("threads", "rounds"))
     lines = [
         f"{section['model']} against {section['baseline']}: {section['device']}, {threads}, {section['dtype']}, "
-        f"{section['prompt_tokens']} + {section['new_tokens']} tokens, {section['rounds']} rounds",
+        f"{section['prompt_tokens']} + {section['new_tokens']} tokens, {rounds}",
         f"| | baseline | model | model / baseline ({section['spread']}) |",
         "|---|---:|---:|---:|",
     ]

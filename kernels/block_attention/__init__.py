@@ -1,12 +1,12 @@
 """Attention over lists of key blocks, a sink and a window: what every dynamic sparse method hands to."""
 
-import torch
 from compress.kernels import dispatch
 from compress.kernels.block_attention import cpu
 from compress.kernels.block_attention import reference as _reference
 from compress.kernels.block_attention import triton as _triton
 from compress.kernels.block_attention.blocks import BlockList
 from compress.kernels.flash_prefill import check
+from compress.kernels.flash_prefill.triton import supports
 from torch import Tensor
 
 __all__ = ["BlockList", "block_attention", "path"]
@@ -47,4 +47,4 @@ def block_attention(
 
 def path(q: Tensor) -> dispatch.Path:
     """The path that `block_attention` takes; "reference" is PyTorch, on a CPU with gathered keys."""
-    return dispatch.pick(q.device, has_triton=q.dtype in (torch.float16, torch.bfloat16, torch.float32))
+    return dispatch.pick(q.device, has_triton=supports(q))

@@ -39,7 +39,10 @@ def exact(
 
 
 def drawn(generator: torch.Generator, shape: tuple[int, int, int], sizes: Sizes, length: int, most: int) -> BlockList:
-    """Lists of up to ``most`` blocks anywhere, empty ones among them; ``sizes`` are block_q, block_k, sink, window."""
+    """Lists of up to ``most`` blocks, empty ones among them; ``sizes`` are block_q, block_k, sink, window.
+
+    A list's blocks needn't begin at multiples of block_k, and the last may reach beyond the last slot.
+    """
     block_q, block_k, sink, window = sizes
     places = -(-length // block_k)
     starts = torch.full((*shape, most), 1 << 20, dtype=torch.int32)
@@ -47,7 +50,8 @@ def drawn(generator: torch.Generator, shape: tuple[int, int, int], sizes: Sizes,
     for index in torch.cartesian_prod(*map(torch.arange, shape)).view(-1, 3).tolist():
         b, n, i = index
         some = torch.randperm(places, generator=generator)[: int(counts[b, n, i])].sort().values
-        starts[b, n, i, : len(some)] = some.int() * block_k
+        shift = torch.randint(min(block_k, length - (places - 1) * block_k), (), generator=generator)
+        starts[b, n, i, : len(some)] = (some * block_k + shift).int()
     return BlockList(starts, counts, block_q, block_k, sink, window)
 
 
@@ -109,12 +113,12 @@ SPEC = OpSpec(
     triton=triton.block_attention,
     cases=CASES,
     configurations=(
-        _compiled(4096, 64, torch.float16, (64, 8), 0, Limits(wgmma=True)),
-        _compiled(4096, 64, torch.bfloat16, (64, 16), 0, Limits(wgmma=True)),
-        _compiled(4096, 128, torch.bfloat16, (64, 8), 0, Limits(wgmma=True)),
-        _compiled(4096, 128, torch.float16, (64, 2), 0, Limits(wgmma=True)),
+        _compiled(4096, 64, torch.float16, (64, 8), 0, Limits(registers=192, wgmma=True)),
+        _compiled(4096, 64, torch.bfloat16, (64, 16), 0, Limits(registers=192, wgmma=True)),
+        _compiled(4096, 128, torch.bfloat16, (64, 8), 0, Limits(registers=224, wgmma=True)),
+        _compiled(4096, 128, torch.float16, (64, 2), 0, Limits(registers=224, wgmma=True)),
         _compiled(4096, 256, torch.bfloat16, (64, 8), 0, Limits()),
-        _compiled(4096, 64, torch.float32, (64, 8), 0, Limits(mma=False)),
+        _compiled(4096, 64, torch.float32, (64, 8), 0, Limits(registers=208, mma=False)),
         _compiled(1, 64, torch.float16, (64, 8), 0, Limits()),
         _compiled(1, 128, torch.bfloat16, (64, 8), 0, Limits()),
         _compiled(1, 256, torch.float16, (64, 16), 0, Limits()),

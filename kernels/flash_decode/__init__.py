@@ -1,11 +1,11 @@
 """Dense attention of the newest token of every sequence over its cache, split over the keys."""
 
-import torch
 from compress.kernels import dispatch
 from compress.kernels.flash_decode import cpu
 from compress.kernels.flash_decode import reference as _reference
 from compress.kernels.flash_decode import triton as _triton
 from compress.kernels.flash_prefill import check
+from compress.kernels.flash_prefill.triton import supports
 from torch import Tensor
 
 __all__ = ["flash_decode", "path"]
@@ -53,4 +53,4 @@ def flash_decode(
 
 def path(q: Tensor) -> dispatch.Path:
     """The path that `flash_decode` takes; "reference" is PyTorch, on a CPU its blockwise attention."""
-    return dispatch.pick(q.device, has_triton=q.dtype in (torch.float16, torch.bfloat16, torch.float32))
+    return dispatch.pick(q.device, has_triton=supports(q))

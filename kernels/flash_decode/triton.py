@@ -150,7 +150,7 @@ def launches(
         "v_batch": v.stride(0), "v_head": v.stride(1), "v_row": v.stride(2),
         "length": length, "scale": (width**-0.5 if scaling is None else scaling) * math.log2(math.e),
     }  # fmt: skip
-    block_r, block_k, warps = tile(rows, width, q.element_size())
+    block_r, block_k, warps, stages = tile(rows, width, q.element_size())
     constexprs = sizes | {
         "GROUP": group, "COUNT": count, "BLOCK_R": block_r, "BLOCK_K": block_k,
         "BOUNDS": bounds is not None, "REACH": reach is not None, "TYPE": compute_type(q.dtype),
@@ -158,19 +158,24 @@ def launches(
     merged = {"part_ptr": part, "part_lse_ptr": part_lse, "out_ptr": out, "lse_ptr": lse}
     empty = 0 if rows == 0 else shares
     return (out, lse), (
-        Launch(decode_split, (empty, kv_heads, batch), arguments, constexprs, warps, 3),
+        Launch(decode_split, (empty, kv_heads, batch), arguments, constexprs, warps, stages),
         Launch(merge_splits, (rows, kv_heads, batch), merged, sizes | {"ROWS": rows, "CHUNK": min(shares, 16)}, 4, 1),
     )
 
 
-def tile(rows: int, width: int, size: int) -> tuple[int, int, int]:
-    """Query rows and keys a tile, and warps: the largest that spill no register and fit shared memory on any target."""
+def tile(rows: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Query rows and keys a tile, warps, stages: the most that spill no register and fit shared memory on any target.
+
+    float32 doesn't use tensor cores, so its tiles are small.
+    """
     block_r = max(16, 1 << (max(1, rows) - 1).bit_length())
-    if size == 4 and block_r > 16:
-        return block_r, 16, 8 if block_r < MAX_ROWS else 16
+    if size == 4 and width > 128:
+        return block_r, 16, 4 if block_r == 16 else 8, 2
+    if size == 4 and (width > 64 or block_r > 16):
+        return block_r, 16, block_r // 4, 3
     if block_r == MAX_ROWS:
-        return block_r, 32 if width <= 128 else 16, 8
-    return block_r, 64 if width <= 128 and size == 2 else 32, 4
+        return block_r, 32 if width <= 128 else 16, 8, 3
+    return block_r, 64 if block_r == 16 and width <= 128 and size == 2 else 32, 4, 3
 
 
 def split_count(heads: int, length: int, processors: int) -> int:

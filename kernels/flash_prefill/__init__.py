@@ -1,6 +1,5 @@
 """Dense causal attention of many query rows, with grouped heads, ragged batches, and a sink and window a KV head."""
 
-import torch
 from compress.kernels import dispatch
 from compress.kernels.flash_prefill import cpu
 from compress.kernels.flash_prefill import reference as _reference
@@ -54,7 +53,7 @@ def flash_prefill(
 
 def path(q: Tensor) -> dispatch.Path:
     """The path that `flash_prefill` takes; "reference" is PyTorch, on a CPU its blockwise attention."""
-    return dispatch.pick(q.device, has_triton=q.dtype in (torch.float16, torch.bfloat16, torch.float32))
+    return dispatch.pick(q.device, has_triton=_triton.supports(q))
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, reach: Tensor | None) -> None:

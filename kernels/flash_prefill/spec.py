@@ -62,6 +62,7 @@ CASES = (
     case("grouped", (3, 1), (140, 140, 64)),
     case("one-token", (4, 1), (1, 1, 80)),
     case("last-rows", (8, 8), (3, 67, 128), scaling=0.3),
+    case("eight-heads", (8, 1), (5, 9, 16)),
     case("wide-head", (1, 1), (70, 75, 256)),
     case("no-rows", (2, 1), (0, 5, 64)),
     case("ragged", (2, 1), (70, 70, 96), bounds=[[0, 70], [66, 70], [0, 3], [5, 5]]),
@@ -106,5 +107,7 @@ SPEC = OpSpec(
         _compiled(128, torch.float16, True, Limits(registers=224, wgmma=True)),
         _compiled(256, torch.bfloat16, False, Limits(registers=192, wgmma=True)),
         _compiled(64, torch.float32, False, Limits(mma=False)),
+        _compiled(128, torch.float32, True, Limits(mma=False)),
+        _compiled(256, torch.float32, True, Limits(mma=False)),
     ),
 )

@@ -12,6 +12,7 @@ from compress.kernels.triton_support import Launch, compute_type, jit, tl
 from torch import Tensor
 
 UNLIMITED = 1 << 30  # a window that hides nothing
+WIDEST = 256  # channels of a head: of more, no tile fits the shared memory of every target
 
 
 @jit
@@ -119,6 +120,11 @@ def prefill(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row[:, None] * D + d[None, :], acc, mask=(rows[:, None] < count) & (d[None, :] < D))
 
 
+def supports(q: Tensor) -> bool:
+    """Whether attention has kernels for queries ``[..., D]`` of this dtype and width."""
+    return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= WIDEST
+
+
 def flash_prefill(
     q: Tensor,
     k: Tensor,
@@ -167,5 +173,5 @@ def _blocks(width: int, size: int) -> tuple[int, int, int]:
     float32 doesn't use tensor cores, so its blocks are small.
     """
     if size == 4:
-        return (32, 16, 4) if width <= 128 else (16, 16, 4)
+        return (32, 16, 4) if width <= 64 else (32, 16, 8) if width <= 128 else (16, 16, 4)
     return (128, 64, 8) if width <= 64 else (128, 32, 8) if width <= 128 else (64, 32, 8)

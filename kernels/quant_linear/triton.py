@@ -153,12 +153,13 @@ class _Tiles:
     scale_sums: bool
 
 
-def _tiles(rows: int, dtype: torch.dtype) -> _Tiles:
+def _tiles(rows: int, dtype: torch.dtype, weight: QuantWeight) -> _Tiles:
     small = 16 if rows <= 16 else 32
     if dtype == torch.float32:  # no tensor cores for exact float32: a small tile, or it doesn't fit the registers
-        return _Tiles(small, 64, 16, 4, 2, scale_sums=rows <= 32)
+        return _Tiles(small, 64, 16, 8, 2, scale_sums=rows <= 32)
     if rows <= 32:
-        return _Tiles(small, 64, 64, 4, 3, scale_sums=True)
+        tight = small == 32 and weight.bits == 3 and planes.unit(weight.group_size) == 32  # ptxas spills one at 64
+        return _Tiles(small, 128 if tight else 64, 64, 4, 3, scale_sums=True)
     return _Tiles(64, 128, 32, 8, 3, scale_sums=False)
 
 
@@ -198,7 +199,7 @@ def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> 
 def product_launches(x: Tensor, weight: QuantWeight, bias: Tensor | None) -> tuple[Tensor, tuple[Launch, ...]]:
     """The output y [M, N], not yet filled, and the launches that fill it, for x [M, K] contiguous."""
     M, (N, K) = x.shape[0], weight.shape
-    tiles = _tiles(M, x.dtype)
+    tiles = _tiles(M, x.dtype, weight)
     constexprs = _unit_constexprs(weight, tiles.T, x.dtype)
     units = K // constexprs["UNIT"]
     grid = (-(-N // tiles.BN), -(-M // tiles.BM))

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
 from compress.kernels import dispatch
+from compress.kernels.flash_prefill.triton import supports
 from compress.kernels.ragged_decode import cpu
 from compress.kernels.ragged_decode import reference as _reference
 from compress.kernels.ragged_decode import triton as _triton
@@ -47,7 +47,7 @@ def ragged_decode(q: Tensor, clusters: Sequence[Cluster], scaling: float | None 
 
 def path(q: Tensor) -> dispatch.Path:
     """The path that `ragged_decode` takes; "reference" is PyTorch, on a CPU its blockwise attention."""
-    return dispatch.pick(q.device, has_triton=q.dtype in (torch.float16, torch.bfloat16, torch.float32))
+    return dispatch.pick(q.device, has_triton=supports(q))
 
 
 def _check(q: Tensor, clusters: Sequence[Cluster]) -> None:

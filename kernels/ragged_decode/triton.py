@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from compress.kernels.flash_decode.triton import MAX_ROWS, tile
 from compress.kernels.flash_prefill.triton import load_rows, online_softmax
 from compress.kernels.ragged_decode.cluster import MAX_CLUSTERS, Cluster
 from compress.kernels.ragged_decode.schedule import Schedule, plan
@@ -20,7 +21,6 @@ from compress.kernels.triton_support import Launch, compute_type, jit, multiproc
 from torch import Tensor
 
 PROGRAMS_A_PROCESSOR = 2  # what fits by shared memory; gfx942, where one does, has two equal rounds
-MAX_ROWS = 64  # query rows of one KV head
 MERGED_AT_ONCE = 16
 CHANGING = ["begin1", "begin2", "total", "share", "batches"]  # from step to step, or from layer to layer
 CHANGING += [f"{name}{cluster}" for name in ("heads", "tiles", "slots") for cluster in range(MAX_CLUSTERS)]
@@ -151,7 +151,8 @@ def launches(
     rows = group * count
     if rows > MAX_ROWS:
         raise ValueError(f"ragged_decode takes at most {MAX_ROWS} query rows a KV head, got {rows}")
-    block_r, block_k, warps = _blocks(rows, width, q.element_size())
+    block_r, block_k, warps, stages = tile(rows, width, q.element_size())
+    warps = min(warps, 8)  # float32 spills with 16
     padded = (*clusters, *[None] * (MAX_CLUSTERS - len(clusters)))
     schedule = plan(
         batch,
@@ -178,17 +179,9 @@ def launches(
     }  # fmt: skip
     merged = numbers | {"part_ptr": part, "part_lse_ptr": part_lse, "out_ptr": out, "lse_ptr": lse}
     return (out, lse), (
-        Launch(attend_tiles, (schedule.programs if rows else 0,), arguments, constexprs, warps, 3),
+        Launch(attend_tiles, (schedule.programs if rows else 0,), arguments, constexprs, warps, stages),
         Launch(merge_pieces, (rows, kv_heads, batch), merged, sizes | {"ROWS": rows, "CHUNK": MERGED_AT_ONCE}, 4, 1),
     )
-
-
-def _blocks(rows: int, width: int, size: int) -> tuple[int, int, int]:
-    """Rows and slots a tile, and warps: the largest that spill no register on any target."""
-    block_r = max(16, 1 << (max(1, rows) - 1).bit_length())
-    if block_r == MAX_ROWS:
-        return block_r, 32, 8
-    return block_r, 64 if width <= 128 and size == 2 else 32, 4
 
 
 def _numbers(schedule: Schedule) -> dict[str, Any]:

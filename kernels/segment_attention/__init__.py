@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from compress.kernels import dispatch, native
+from compress.kernels.flash_prefill.triton import supports
 from compress.kernels.segment_attention import cpu
 from compress.kernels.segment_attention import reference as _reference
 from compress.kernels.segment_attention import triton as _triton
@@ -60,7 +61,7 @@ def prepared(segments: Sequence[Segment]) -> Callable[[Tensor, float], tuple[Ten
 def path(q: Tensor) -> dispatch.Path:
     """The path that `segment_attention` takes."""
     known = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return dispatch.pick(q.device, has_triton=known, has_native=known)
+    return dispatch.pick(q.device, has_triton=supports(q), has_native=known)
 
 
 def _check(q: Tensor, segments: Sequence[Segment]) -> None:

@@ -169,7 +169,7 @@ def test_a_plan_from_a_file(artifact: Path, tiny) -> None:
         ("zipcache-plus", (4096,), r"--lengths=4096: beyond the context of 512 tokens"),
         ("zipcache-plus", (1,), r"--lengths=1"),
         ("rsq", None, "has no section kv"),
-        ("zipcash", None, "zipcash"),
+        ("zipcach", None, "^--kv=zipcach: there is no such recipe.*did you mean 'zipcache'"),
     ],
 )
 def test_what_cannot_be_counted_is_told(tiny, kv: str, lengths: tuple[int, ...] | None, message: str) -> None:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from models import save_tiny
 from runs import InterruptedRunError, Log, quick
 
 from compress.events import LayerDone
-from compress.kv.budget import CANDIDATES, Profile, choose, prompt_tokens
+from compress.kv.budget import CANDIDATES, Choice, Profile, choose, prompt_tokens
 from compress.kv.settings import packing_of
 from compress.model import ModelView, open_model, run_layer
 from compress.options import RunOptions
@@ -77,19 +78,19 @@ def view(tiny: Tiny) -> ModelView:
 def test_the_choice_is_the_best_of_all() -> None:
     generator = torch.Generator().manual_seed(0)
     errors = torch.rand(4, len(CANDIDATES), generator=generator).tolist()
-    sizes = [100, 120, 150, 170, 200, 155]
-    for limit in (400, 480, 555, 700, 800):
+    sizes = [[100, 120, 150, 170, 200, 155]] * 3 + [[200, 210, 225, 235, 200, 227]]  # one whose heads copy
+    for limit in (500, 580, 655, 700, 900):
         best = min(
             sum(errors[layer][way] for layer, way in enumerate(ways))
-            for ways in itertools.product(range(len(sizes)), repeat=4)
-            if sum(sizes[way] for way in ways) <= limit
+            for ways in itertools.product(range(len(CANDIDATES)), repeat=4)
+            if sum(row[way] for row, way in zip(sizes, ways, strict=True)) <= limit
         )
         found = choose(errors, sizes, limit)
         assert sum(found.errors) == pytest.approx(best)
         assert found.nbytes <= limit
-        assert found.nbytes == sum(sizes[CANDIDATES.index(bits)] for bits in found.bits)
-    with pytest.raises(ValueError, match="399 bytes"):
-        choose(errors, sizes, 399)
+        assert found.nbytes == sum(row[CANDIDATES.index(bits)] for row, bits in zip(sizes, found.bits, strict=True))
+    with pytest.raises(ValueError, match="499 bytes"):
+        choose(errors, sizes, 499)
 
 
 def test_more_salient_tokens_give_less_error(view: ModelView, tmp_path: Path) -> None:
@@ -135,6 +136,24 @@ def test_bits_are_chosen_and_shipped(tiny: Tiny, tmp_path: Path, text: Path) -> 
     assert [(list(bits.high), list(bits.low), bits.ratio) for bits in shipped] == [  # type: ignore[union-attr]
         (layer["high_bits"], layer["low_bits"], layer["ratio"]) for layer in kv["layers"]
     ]
+
+
+def test_a_choice_is_counted_as_it_is_shipped(
+    tiny: Tiny, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With heads that copy, whose tokens take 4 bits whatever is chosen for their layer."""
+    room = []
+
+    def counted(errors: Any, sizes: Any, limit: int) -> Choice:
+        choice = choose(errors, sizes, limit)
+        room.append(limit - choice.nbytes)
+        return choice
+
+    monkeypatch.setattr("compress.kv.stage.choose", counted)
+    options = RunOptions(set=(*BUDGET, "kv.budget=3", "kv.copying_heads=0.4"), calibration=str(text))
+    kv = run(str(tiny("llama")), "zipcache-plus", out=tmp_path / "out", options=options).report["kv"]
+    sizes = kv["bytes"]["2048"]
+    assert int(sizes["dense"] / 3) - sizes["allocated"] == room[0] >= 0
 
 
 def test_a_looser_budget_has_less_error(tiny: Tiny, tmp_path: Path, text: Path) -> None:

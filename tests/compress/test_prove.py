@@ -12,12 +12,25 @@ from compress.cli.main import main
 from runs import Log, quick
 
 from compress import bench as bench_module
+from compress.evaluate import evaluate
 from compress.events import Message
 from compress.kv.growing import STEP
-from compress.options import BenchOptions, EvalOptions
+from compress.options import BenchOptions, EvalOptions, RunOptions
+from compress.pipeline import run
 from compress.prove import prove
 
 Tiny = Callable[[str], Path]
+WORDS = """\
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: {validation: words.jsonl}}
+validation_split: validation
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{end}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+metadata: {version: 1.0}
+"""
 QUICK = BenchOptions(prompt_tokens=8, new_tokens=2, rounds=1, lengths=(6,))
 
 
@@ -83,6 +96,25 @@ def test_efficiency_is_measured_for_every_artifact(copies: list[Path], scoring: 
         assert section["model"] == folder.name  # type: ignore[index]
         first = section["kv"][0]  # type: ignore[index]
         assert first["ratio"] == STEP / first["length"]  # room for more tokens is counted
+
+
+@pytest.mark.usefixtures("_no_page")
+def test_a_packed_cache_is_at_work_as_in_compress_eval(
+    original: Path, copies: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "words.yaml").write_text(WORDS)
+    rows = [{"text": " ".join(f"the {n * k}" for k in range(1, 12)), "end": f" hen {n} in a"} for n in range(4)]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ("eval=null", "kv.first_flush=8", "kv.flush=8", "kv.window_min=4", "kv.sinks=2")
+    planned = run(str(original), "zipcache-plus", out=tmp_path / "kv", options=RunOptions(set=sets)).out
+    scoring = EvalOptions(task_path=tmp_path, baseline=str(original))
+    prove([copies[0], planned], ["words"], scoring)
+    (row,) = report(planned)["eval"]["rows"]  # type: ignore[index]
+    assert row["after"] == pytest.approx(evaluate(str(planned), ["words"], scoring).rows[0].after.value)
+    assert row["after"] != pytest.approx(row["before"], rel=1e-4)
 
 
 def test_one_artifact_is_enough_and_an_original_that_moved_is_named(

@@ -1,6 +1,8 @@
 import re
 import sys
 
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from compress.calibrate.errors import InputError
 from compress.evalsuite.builtin_tasks import find_builtin_tasks
@@ -90,6 +92,18 @@ def test_missing_data_file(task_folder):
     data.unlink()
     with pytest.raises(InputError, match=f"eval.tasks=sums: its data file {re.escape(str(data))} does not exist"):
         validate_tasks(["sums"], str(task_folder))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_data_without_rows(task_folder, name):
+    table = pyarrow.table({"question": pyarrow.array([], pyarrow.string())})
+    (pyarrow.csv.write_csv if name.endswith("csv") else pyarrow.parquet.write_table)(table, task_folder / name)
+    path = task_folder / "sums.yaml"
+    path.write_text(path.read_text().replace("../data/questions.jsonl", name))
+    with pytest.raises(InputError, match=f"its data file .*{name} is empty"):
+        validate_tasks(["sums"], str(task_folder))
+    (task_folder / name).write_bytes(b"neither\nnor")  # for datasets to read, and to refuse
+    validate_tasks(["sums"], str(task_folder))
 
 
 def test_empty_data_file(task_folder):

@@ -140,6 +140,8 @@ def test_refuses_what_cannot_be_compared(model, tokenizer, ppl, text, material):
     )
     reversed_text = Material(tokenise(NamedText(text.name, text.text[::-1]), tokenizer))
     refused(score(model, tokenizer, ["perplexity"], ppl.settings, reversed_text), "perplexity text differs")
+    through_cache = replace(ppl.settings, kv_prompt=32)
+    refused(replace(ppl, settings=through_cache), r"way through the KV cache differs \(None before, Feed\(prompt=32")
     refused(replace(ppl, metrics=(replace(ppl.metrics[0], task="other"),)), "no metric in common")
 
 
@@ -147,6 +149,9 @@ def test_refuses_other_questions(model, tokenizer, settings):
     every = score(model, tokenizer, ["sums"], settings)
     with pytest.raises(InputError, match="limit differs"):
         compare(every, score(model, tokenizer, ["sums"], replace(settings, limit=2)))
+    for key, value in (("apply_chat_template", True), ("fewshot_as_multiturn", False)):
+        with pytest.raises(InputError, match=f"{key} differs"):
+            compare(every, replace(every, settings=replace(settings, **{key: value})))
     harness = json.loads(json.dumps(every.harness))
     harness["versions"]["sums"] = 2.0
     with pytest.raises(InputError, match="sums: version differs"):

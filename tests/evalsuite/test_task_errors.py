@@ -27,6 +27,12 @@ def missing(doc):
 def late(doc):
     return doc["choices"] if doc["question"] == "What is 0 + 0?" else doc["nope"]
 
+def last(doc):
+    return 1 if doc["question"] == "What is 0 + 0?" else doc["nope"]
+
+def none(docs):
+    return docs.select([])
+
 def figures(doc, results):
     return {"acc": doc["nope"]}
 
@@ -75,8 +81,9 @@ def refusal(settings, content, *, asked="sums"):
         (TARGET, "doc_to_target: 7", "IndexError: list index out of range"),
         (TARGET, "", "doc_to_target: TypeError"),
         ("{{question}}", "{{goal}}", "doc_to_text: UndefinedError: 'goal' is undefined"),
-        ("validation_split: validation", "validation_split: test", "KeyError: 'test'"),
+        ("validation_split: validation", "validation_split: test", "its data has no split 'test'"),
         ("validation_split: validation", "", "ValueError: Task dataset"),
+        ("metadata:", "process_docs: !function helper.none\nmetadata:", "no document is left of its data"),
         ("output_type: multiple_choice", "output_type: choice", "ValueError: Got invalid output_type 'choice'"),
         ("metric: acc", "metric: perplexity", "lm-eval has no metric perplexity for the output type multiple_choice"),
         ("aggregation: mean", "aggregation: meen", "lm-eval has no aggregation of the name that is given for"),
@@ -128,7 +135,6 @@ def test_a_key_of_another_type(settings, task_folder, key):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (SUMS.replace(CHOICE, "doc_to_choice: !function helper.late"), "doc_to_choice: KeyError: 'nope'"),
         (SUMS.replace("mean", "!function helper.total"), "ZeroDivisionError"),
         (
             SPEAK.replace("metadata:", "process_results: !function helper.said\nmetadata:"),
@@ -137,11 +143,29 @@ def test_a_key_of_another_type(settings, task_folder, key):
     ],
 )
 def test_what_shows_only_later(model, tokenizer, settings, task_folder, content, cause):
-    """The first document is in order, or only a model's answer shows that the file isn't."""
+    """Only a model's answers show that the file isn't in order."""
     (task_folder / "sums.yaml").write_text(content)
     assert load_tasks(["sums"], settings)["tasks"]
     with pytest.raises(InputError, match=rf"eval\.tasks=sums: the task file .*sums\.yaml does not fit .*{cause}"):
         evaluate_items(model, tokenizer, ["sums"], settings)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(CHOICE, "doc_to_choice: !function helper.late"), (TARGET, "doc_to_target: !function helper.last")]
+)
+def test_every_document_is_read_before_a_model_is_there(settings, old, new):
+    content = SUMS.replace(old, new)
+    key = new.split(":")[0]
+    assert refusal(settings, content) == f"document 2: {key}: KeyError: 'nope'"
+    assert load_tasks(["sums"], replace(settings, limit=1))["tasks"]
+
+
+@pytest.mark.parametrize(("extra", "most"), [("", 5), ("fewshot_split: validation\n", 6)])
+def test_more_examples_than_there_are_documents(settings, extra, most):
+    Path(settings.task_path, "sums.yaml").write_text(SUMS + extra)
+    assert load_tasks(["sums"], replace(settings, num_fewshot=most))["tasks"]
+    with pytest.raises(InputError, match=rf"eval.num_fewshot=7: the task sums has 6 documents .* 0 to {most}"):
+        load_tasks(["sums"], replace(settings, num_fewshot=7))
 
 
 def test_errors_that_are_not_the_files_stay(model, tokenizer, settings, monkeypatch):

@@ -1,5 +1,6 @@
 """The attention operations against transformers' attention and against each other."""
 
+import importlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -163,3 +164,14 @@ def test_decode_on_a_gpu_names_the_operation_for_many_rows() -> None:
 
 def test_a_cpu_takes_the_reference_path() -> None:
     assert prefill_path(torch.zeros(1)) == "reference"
+
+
+@pytest.mark.parametrize(
+    "op", ["flash_prefill", "flash_decode", "ragged_decode", "segment_attention", "block_attention"]
+)
+def test_wide_heads_take_the_reference_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "check", lambda device: None)
+    path = importlib.import_module(f"compress.kernels.{op}").path
+    for width, expected in ((256, "triton"), (257, "reference")):
+        q = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda"), shape=(1, 1, 1, width))
+        assert path(q) == expected

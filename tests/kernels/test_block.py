@@ -186,17 +186,30 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         layer.before(torch.randn(1, 95), *turns(1, HEAD))
     with pytest.raises(ValueError, match=r"cos must be .*\[1, 32\]"):
         layer.before(torch.randn(1, HIDDEN), *turns(1, 16))
+    with pytest.raises(ValueError, match=r"hidden must be .* on the CPU, got .* on meta"):
+        layer.before(torch.empty(1, HIDDEN, device="meta"), *turns(1, HEAD))
     q, k = torch.randn(1, 2, 8), torch.randn(1, 1, 3, 8)
+    with pytest.raises(ValueError, match="k, v and the mask must be on the CPU, got cpu and meta"):
+        cpu.decode_attention(q, k, k.to("meta"), None, 1.0, build)
     with pytest.raises(ValueError, match="the mask must be bool or float32"):
         cpu.decode_attention(q, k, k, torch.ones(1, 3, dtype=torch.int64), 1.0, build)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_cpp_does_not_read_takes_the_reference(dtype: torch.dtype) -> None:
+    q, k = torch.randn(1, 2, 8, dtype=dtype), torch.randn(1, 1, 3, 8, dtype=dtype)
+    assert op.path(q) == "reference"
+    assert torch.equal(op.decode_attention(q, k, k, None, 1.0), reference.decode_attention(q, k, k, None, 1.0))
+
+
 def test_without_a_compiled_library(monkeypatch: pytest.MonkeyPatch) -> None:
     block, hidden, (cos, sin) = make(), torch.randn(1, HIDDEN), turns(1, HEAD)
-    fast = op.prepared(block).before(hidden, cos, sin)
-    assert op.path(hidden.device) == (f"native-{BUILDS[-1].name}" if BUILDS else "reference")
+    layer, head = op.prepared(block), op.prepared_head(block.gate, block.mlp_norm, 1e-5)
+    fast = layer.before(hidden, cos, sin)
+    assert layer.path == head.path == op.path(hidden) == (f"native-{BUILDS[-1].name}" if BUILDS else "reference")
     monkeypatch.setattr(native, "library", lambda: None)
-    assert op.path(hidden.device) == "reference"
+    assert op.path(hidden) == op.prepared(block).path == "reference"
+    assert op.prepared_head(block.gate, block.mlp_norm, 1e-5).path == "reference"
     for found, wanted in zip(op.prepared(block).before(hidden, cos, sin), fast, strict=True):
         assert close(found, wanted)
     weight = block.q.weight

@@ -1,7 +1,10 @@
 """Compiled builds that are missing, broken or of another version."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -66,6 +69,23 @@ def test_a_broken_build_leaves_the_next_best(tmp_path: Path) -> None:
     assert found is not None
     assert found.name == "portable"
     assert f"_{best}" in warning
+
+
+@needs_a_build
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and their counts are those of Linux")
+def test_threads_that_cannot_be_had() -> None:
+    script, left = Path(__file__).with_name("no_threads.py"), 512 << 20
+    command = f'ulimit -s {2 * left >> 10} || exit 77; exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, script, str(left)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77:
+        pytest.skip("stacks may not be so large here")
+    assert (done.returncode, done.stdout) == (0, "linear equal\nattention equal\n"), done.stderr
 
 
 def test_every_function_of_the_sources_is_asked_for() -> None:

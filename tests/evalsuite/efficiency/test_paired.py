@@ -53,6 +53,9 @@ def test_the_table_is_short_whatever_was_measured() -> None:
     lines = table(section([512, 1024, 2048, 4096], 2))
     assert len(lines) == 14
     assert lines[0] == "small against large: cpu, 1 thread, float32, 8 + 4 tokens, 3 rounds"
+    assert table(section([512], 0) | {"threads": 2, "rounds": 1})[0].endswith(
+        "2 threads, float32, 8 + 4 tokens, 1 round"
+    )
     assert "| weights on disk | 4.0 MB | 1.0 MB | 0.25x |" in lines
     assert "| peak memory | 99,999 B | 0 B | - |" in lines
     assert "| time to first token | 0.123 s | 0.2 s | 1.60x (1.50-1.70) |" in lines
