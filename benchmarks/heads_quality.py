@@ -1,24 +1,28 @@
 """What streaming heads cost in answers: scores of heads against one another, at equal stored bytes of the cache.
 
 Every way keeps the same bytes at a length: heads that it ranks highest keep every token, the others sinks and a window;
-"uniform" gives all heads one window of these bytes; "random" draws the heads, by seed. Perplexity is of windows of that
-length that are read at once with exact masks, passkeys are asked for behind a prompt of that length, and "dense" is the
-model as it is. Scores that need gradients (influence, gates) come from the profile of a run. Finished plans
-(`attention_plan.json` of an artifact, e.g. of the recipe moa) are measured beside them, at their own bytes.
+"uniform" gives all heads one window of these bytes; "random" draws the heads anew for every seed. Perplexity is of
+windows of that length that are read at once with exact masks, passkeys are asked for behind a prompt of that length,
+other ones for every seed, and "dense" is the model as it is. Scores that need gradients (influence, gates) come from
+the profile of a run. Finished plans (`attention_plan.json` of an artifact, e.g. of the recipe moa) are measured beside
+them, at their own bytes. A row has means over seeds and the standard deviation between them.
 
     python benchmarks/heads_quality.py --model MODEL --text TEST.txt [--length 4096] [--windows 2]
-        [--retention 0.5,0.25] [--scores induction,retrieval,distant,mean_qk] [--profile head_profile.json]
-        [--plan moa=OUT/attention_plan.json] [--seeds 0,1,2] [--questions 10] [--json FILE]
+        [--ways uniform,random] [--retention 0.5,0.25] [--scores induction,retrieval,distant,mean_qk]
+        [--profile head_profile.json] [--plan moa=OUT/attention_plan.json] [--seeds 0,1,2] [--questions 10]
+        [--threads 1] [--json FILE]
+
+What is in FILE isn't measured again, so that a run that was stopped goes on. `--scores ""` takes none.
 """
 
 import argparse
+import hashlib
 import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ import torch.nn.functional as F
 from compress.calibrate.text import open_text
 from compress.evalsuite.longcontext import LongContextSettings
 from heads_ways import (
+    Kept,
     Way,
     all_heads,
     full_layers,
@@ -39,13 +44,16 @@ from heads_ways import (
 from torch import Tensor
 
 import compress
+from compress.fingerprint import fingerprint_of
 from compress.heads.profile import read_profile
 from compress.heads.scores import ScoreSettings, score
 from compress.heads.select import Budget, how_many, rank, streaming_plan
+from compress.kv.attention import NAME
 from compress.plan import AttentionPlan, Window
 from compress.plan_writer import Rule
-from compress.runtime.attention import NAME
 from compress.runtime.plan_cache import PlanCache
+
+FIGURES = ("perplexity", "passkey")
 
 
 def uniform(config: Any, rule: Rule, budget: Budget) -> AttentionPlan:
@@ -54,16 +62,18 @@ def uniform(config: Any, rule: Rule, budget: Budget) -> AttentionPlan:
     return streaming_plan(config, Rule(rule.sink, Window(a=span // 64 * 64, b=0.0)), ())
 
 
-def ways(args: argparse.Namespace, config: Any, scores: dict[str, Tensor], retention: float) -> Iterator[Way]:
-    """All that are compared at one retention."""
+def ways(args: argparse.Namespace, config: Any, scores: dict[str, Tensor], retention: float) -> Iterator[list[Way]]:
+    """All that are compared at one retention, one plan for all seeds or one for each."""
     rule = rule_from(args.sink, args.recent)
     budget = Budget(retention, args.length, rule)
     count = how_many(config, budget)
-    yield Way("uniform", uniform(config, rule, budget))
+    if "uniform" in args.ways:
+        yield [Way("uniform", uniform(config, rule, budget))]
     for name, values in scores.items():
-        yield keeping(name, config, rule, rank(values, full_layers(config)).heads[:count])
-    for seed in args.seeds:
-        yield keeping(f"random {seed}", config, rule, Random(seed).sample(all_heads(config), count))
+        yield [keeping(name, config, rule, rank(values, full_layers(config)).heads[:count])]
+    if "random" in args.ways:
+        drawn = (Random(seed).sample(all_heads(config), count) for seed in args.seeds)
+        yield [keeping("random", config, rule, heads) for heads in drawn]
 
 
 def finished(args: argparse.Namespace, config: Any) -> list[Way]:
@@ -88,14 +98,13 @@ def perplexity(model: Any, windows: Tensor, plan: AttentionPlan) -> float:
     return math.exp(total / count)
 
 
-def taken(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Tensor]:
+def taken(args: argparse.Namespace, kept: Kept, model: Any, tokenizer: Any) -> dict[str, Tensor]:
     """Scores by name, [layers, KV heads]."""
     settings = ScoreSettings(lengths=(1024,))
     found = {}
     for name in filter(None, args.scores.split(",")):
-        started = time.perf_counter()
-        found[name] = score(name, model, tokenizer, settings)
-        print(f"score {name}: {time.perf_counter() - started:.0f} s", flush=True)
+        values = kept.of(f"score {name}", lambda name=name: score(name, model, tokenizer, settings).tolist())  # type: ignore[misc]
+        found[name] = torch.tensor(values)
     if args.profile is not None:
         profile = read_profile(args.profile)
         profile.check(model.config)
@@ -103,10 +112,61 @@ def taken(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Ten
     return found
 
 
+class Measured:
+    """What ways cost, each figure kept as soon as it is there.
+
+    Args:
+        args: of the command line.
+        kept: where figures are kept, by the plan.
+        model: attends by plans.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, args: argparse.Namespace, kept: Kept, model: Any, tokenizer: Any) -> None:
+        self.args, self.kept, self.model, self.tokenizer = args, kept, model, tokenizer
+        text = "\n\n".join(open_text(str(args.text), option="--text").documents)
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: args.windows * args.length])
+        self.windows = ids.view(args.windows, args.length)
+
+    def row(self, retention: float | None, own: list[Way]) -> dict[str, Any]:
+        """Of one way, with one plan for all seeds or one for each."""
+        seeds = self.args.seeds
+        plans = own * len(seeds) if len(own) == 1 else own
+        found = {
+            "perplexity": [self._perplexity(way) for way in own],
+            "passkey": [self._passkeys(way, seed) for way, seed in zip(plans, seeds, strict=True)],
+        }
+        stored = stored_share(own[0].plan, self.model.config, self.args.length)
+        row: dict[str, Any] = {"retention": retention or stored, "way": own[0].name, "stored": stored, "by_seed": found}
+        for name, values in found.items():
+            row |= {name: fmean(values), f"{name}_sd": stdev(values) if len(values) > 1 else None}
+        return row
+
+    def _perplexity(self, way: Way) -> float:
+        key = f"perplexity of {self.args.windows} windows of {self.args.length} tokens, plan {way.mark}"
+        told = f"perplexity {way.name}"
+        found: float = self.kept.of(key, lambda: perplexity(self.model, self.windows, way.plan), told)
+        return found
+
+    def _passkeys(self, way: Way, seed: int) -> float:
+        asked = LongContextSettings(lengths=(self.args.length,), depths=self.args.questions, seed=seed)
+        key = f"{self.args.questions} passkeys in {self.args.length} tokens, seed {seed}, plan {way.mark}"
+        told = f"passkeys {way.name}, seed {seed}"
+        return fmean(self.kept.of(key, lambda: list(passkeys(self.model, self.tokenizer, way.plan, asked)), told))
+
+
+def line(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """Of the table."""
+    more = row["perplexity"] / dense["perplexity"] - 1
+    spread, other = ("" if row[f"{name}_sd"] is None else f" ± {row[f'{name}_sd']:.2f}" for name in FIGURES)
+    told = f"{row['perplexity']:7.3f}{spread} ({more:+.1%})"
+    return f"{row['retention']:9.3g}  {row['way']:11}  {row['stored']:.3f}  {told:24}  {row['passkey']:.2f}{other}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--retention", default="0.5")
@@ -115,32 +175,34 @@ def main() -> None:
     parser.add_argument("--plan", type=named, action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=10)
+    parser.add_argument(
+        "--ways", type=lambda text: text.split(","), default=["uniform", "random"], help="baselines beside scores"
+    )
+    parser.add_argument("--threads", type=int, default=1)
     streaming_options(parser)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    torch.set_num_threads(args.threads)
     model, tokenizer = compress.load(args.model)
-    own = [Way("dense", AttentionPlan.empty(model.config)), *finished(args, model.config)]
-    scores = taken(args, model, tokenizer)
+    settings = {
+        "model": [args.model, fingerprint_of(model.config).config_hash],
+        "text": hashlib.sha256(args.text.read_bytes()).hexdigest(),
+    }
+    kept = Kept(args.json, settings)
+    measured = Measured(args, kept, model, tokenizer)
+    scores = taken(args, kept, model, tokenizer)
     model.set_attn_implementation(NAME)
-    text = "\n\n".join(open_text(args.text, option="--text").documents)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: args.windows * args.length])
-    windows = ids.view(args.windows, args.length)
-    asked = LongContextSettings(lengths=(args.length,), depths=args.questions)
-    todo = [(stored_share(way.plan, model.config, args.length), way) for way in own]
+    todo: list[tuple[float | None, list[Way]]] = [(None, [Way("dense", AttentionPlan.empty(model.config))])]
+    todo += [(None, [way]) for way in finished(args, model.config)]
     for share in map(float, args.retention.split(",")):
-        todo += [(share, way) for way in ways(args, model.config, scores, share)]
-    rows: list[dict[str, Any]] = []
-    print("retention  way          stored  perplexity        passkey", flush=True)
-    for retention, way in todo:
-        stored = stored_share(way.plan, model.config, args.length)
-        ppl, found = perplexity(model, windows, way.plan), fmean(passkeys(model, tokenizer, way.plan, asked))
-        base = rows[0]["perplexity"] if rows else ppl
-        more = ppl / base - 1
-        rows.append({"retention": retention, "way": way.name, "stored": stored, "perplexity": ppl, "passkey": found})
-        print(f"{retention:9.3g}  {way.name:11}  {stored:.3f}  {ppl:7.3f} ({more:+.1%})  {found:.2f}", flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        todo += [(share, own) for own in ways(args, model.config, scores, share)]
+    rows = [measured.row(retention, own) for retention, own in todo]
+    print("retention  way          stored  perplexity                passkey", flush=True)
+    for row in rows:
+        print(line(row, rows[0]), flush=True)
+    kept.content["rows"] = rows
+    kept.save()
 
 
 if __name__ == "__main__":

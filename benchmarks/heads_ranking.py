@@ -11,7 +11,7 @@ taken by kvpress itself from texts of the same tokens, in its own environment:
 
     python -m venv KVPRESS && KVPRESS/bin/pip install kvpress
     python benchmarks/heads_ranking.py --model MODEL --kvpress KVPRESS/bin/python --json FILE
-        [--scores influence,distant] [--profile head_profile.json] [--seeds 0] [--shares 0.5,0.7,0.8,0.9,0.95]
+        [--scores blend,influence,distant] [--profile head_profile.json] [--seeds 0] [--shares 0.5,0.7,0.8,0.9,0.95]
         [--length 2048] [--depths 10] [--samples 1] [--profiled 1024,2048] [--items 4] [--texts 50]
 
 What is in FILE isn't measured again, so that a run that was stopped goes on, and one with other questions or shares has
@@ -24,8 +24,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 from compress.evalsuite.longcontext import LongContextSettings
 from compress.evalsuite.statistics import mean_and_error
-from heads_ways import all_heads, full_layers, keeping, passkeys, rule_from, streaming_options
+from heads_ways import Kept, all_heads, full_layers, keeping, passkeys, rule_from, streaming_options
 from torch import Tensor
 
 import compress
@@ -45,47 +44,13 @@ from compress.heads.influence import influence
 from compress.heads.methods import rule_of
 from compress.heads.profile import read_profile
 from compress.heads.profiling import Subject, prompts
-from compress.heads.scores import ScoreSettings, score
+from compress.heads.scores import ScoreSettings, mean_rank, score
 from compress.heads.select import Head, rank
-from compress.runtime.attention import NAME
+from compress.kv.attention import NAME
 from compress.schema import Heads
 
 KVPRESS = "kvpress"
 SCRIPT = Path(__file__).with_name("heads_kvpress.py")
-
-
-class Kept:
-    """What was measured, in a file from the first figure on.
-
-    Args:
-        path: of the file; None keeps nothing.
-        settings: that all figures depend on.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {"settings": settings, "figures": {}}
-        if path is not None and path.exists():
-            self.content = json.loads(path.read_text())
-            if self.content["settings"] != settings:
-                raise SystemExit(f"{path} is of other settings: {self.content['settings']}; these are {settings}")
-
-    def of(self, name: str, measure: Callable[[], Any], told: str = "") -> Any:
-        """A figure, in JSON types, measured if it isn't there, and told by its name or in other words."""
-        figures = self.content["figures"]
-        if name not in figures:
-            started = time.perf_counter()
-            figures[name] = measure()
-            print(f"  {told or name}: {time.perf_counter() - started:.0f} s", flush=True)
-            self.save()
-        return figures[name]
-
-    def save(self) -> None:
-        """Write it, whole or not at all."""
-        if self.path is not None:
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.content) + "\n")
-            part.replace(self.path)
 
 
 def asked(subject: Subject) -> list[dict[str, Any]]:
@@ -138,6 +103,9 @@ def taken(args: argparse.Namespace, kept: Kept, subject: Subject) -> dict[str, T
     for name in filter(None, args.scores.split(",")):
         if name == "influence":
             found[name] = influences(kept, subject)
+        elif name == "blend":
+            values = kept.of("score mean_qk", partial(plain, "mean_qk", subject, settings))
+            found[name] = mean_rank(influences(kept, subject), torch.tensor(values))
         else:
             values = kept.of(f"score {name}", partial(plain, name, subject, settings))
             found[name] = torch.tensor(values)
@@ -248,6 +216,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--items", type=int, default=Heads().items)
     parser.add_argument("--texts", type=int, default=50, help="that kvpress reads, as many as it does by itself")
     streaming_options(parser)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     return parser
 
@@ -255,6 +224,7 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     args = options().parse_args()
     torch.set_grad_enabled(False)
+    torch.set_num_threads(args.threads)
     how = Heads(
         lengths=args.profiled, items=args.items, seed=args.seed, sink=args.sink, recent=args.recent,
         budget_tokens=max(args.length, args.sink + args.recent + 1),

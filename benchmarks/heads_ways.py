@@ -1,7 +1,10 @@
 """What benchmarks of streaming heads share: plans under names, and what they cost in bytes and answers."""
 
+import hashlib
+import json
+import time
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,46 @@ class Way:
 
     name: str
     plan: AttentionPlan
+
+    @property
+    def mark(self) -> str:
+        """Of what it keeps, whoever wrote it."""
+        told = {key: self.plan.to_json().get(key) for key in ("layers", "packing", "search")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Kept:
+    """What was measured, in a file from the first figure on.
+
+    Args:
+        path: of the file; None keeps nothing.
+        settings: that all figures depend on.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"settings": settings, "figures": {}}
+        if path is not None and path.exists():
+            self.content = json.loads(path.read_text())
+            if self.content["settings"] != settings:
+                raise SystemExit(f"{path} is of other settings: {self.content['settings']}; these are {settings}")
+
+    def of(self, name: str, measure: Callable[[], Any], told: str = "") -> Any:
+        """A figure, in JSON types, measured if it isn't there, and told by its name or in other words."""
+        figures = self.content["figures"]
+        if name not in figures:
+            started = time.perf_counter()
+            figures[name] = measure()
+            print(f"  {told or name}: {time.perf_counter() - started:.0f} s", flush=True)
+            self.save()
+        return figures[name]
+
+    def save(self) -> None:
+        """Write it, whole or not at all."""
+        if self.path is not None:
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.content) + "\n")
+            part.replace(self.path)
 
 
 def streaming_options(parser: ArgumentParser) -> None:

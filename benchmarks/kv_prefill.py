@@ -13,9 +13,9 @@ import torch
 from transformers import Cache
 
 import compress
+from compress.kv.attention import NAME
 from compress.kv.schemes import from_recipe
 from compress.plan import AttentionPlan
-from compress.runtime.attention import NAME
 from compress.runtime.plan_cache import PlanCache
 
 

@@ -34,6 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from compress.kv.attention import NAME
 from compress.kv.copying import Place, best, copying_scores, how_many
 from compress.kv.filling import Shape, filled_bytes, match
 from compress.kv.saliency import probe_rows, prompt_mass, salient, witnesses
@@ -42,7 +43,6 @@ from compress.model import open_model
 from compress.plan import Packing
 from compress.recipe import Recipe
 from compress.runtime import find
-from compress.runtime.attention import NAME
 
 SUBJECT = "zipcache-plus"
 METHODS = (SUBJECT, "zipcache", "kivi-2", "uniform-2", "uniform-4", "k4v2", "k4v2-plus", "quanto-2", "quanto-4")

@@ -90,7 +90,7 @@ def check_text(spec: str, column: str = "text", option: str = "calibration.sourc
 def is_local(spec: str) -> bool:
     """Whether a spec means a file of this machine rather than a Hub dataset."""
     path = Path(spec).expanduser()
-    return spec.startswith((".", "/", "~")) or path.suffix.lower() in SUFFIXES + _FOREIGN or path.is_file()
+    return spec.startswith((".", "/", "~")) or path.suffix.lower() in SUFFIXES + _FOREIGN or path.exists()
 
 
 def source_of(name: str, documents: list[str], origin: str) -> TextSource:

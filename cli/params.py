@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import click
 from compress.calibrate.errors import InputError, did_you_mean
 
+from compress.options import LARGEST_SEED
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -136,7 +138,7 @@ _RECIPE_OPTIONS = (
     task_path_option,
     click.option(
         "--seed",
-        type=click.IntRange(min=0),
+        type=click.IntRange(0, LARGEST_SEED),
         metavar="N",
         help="Of every random choice (calibration.seed and eval.seed).",
     ),

@@ -29,6 +29,9 @@ def push_command(
     What is on the Hub already isn't sent again: after an interruption the same command goes on. Log in first with
     `hf auth login`, or set HF_TOKEN.
     """
+    from compress.artifact.outgoing import check_finished
+
+    check_finished(folder)
     if not (yes or dry_run or sys.stdin.isatty()):
         raise InputError(
             "--yes", None, "is needed where nobody can be asked", fix="see what would be sent with --dry-run"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compress.artifact.export import read_report
+from compress.artifact.inspect import changed_files
 from compress.bench_section import Measured, section
 from compress.bench_side import (
     ADVICE,
@@ -206,11 +207,19 @@ def _look(subject: Subject, side: str) -> tuple[str, int | None]:
     if not callable(subject.model):
         try:
             config, name = open_any_config(str(subject.model))
+            _check_intact(str(subject.model))
         except InputError as error:
             raise error.under(_option(side)) from error
         context = getattr(config, "max_position_embeddings", None)
     own = "" if subject.cache is None else f" with {_callable_name(subject.cache)}"
     return subject.name or name + own, context
+
+
+def _check_intact(model: str) -> None:
+    """Raise for an artifact of this machine that was changed since it was written: before the other side is loaded."""
+    folder = locate(model).path
+    if folder is not None and folder.is_dir() and (changed := changed_files(folder.resolve())):
+        raise InputError("--model", model, f"is damaged: {', '.join(changed)} changed since it was written")
 
 
 def _callable_name(thing: Any) -> str:

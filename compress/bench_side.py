@@ -9,7 +9,7 @@ from typing import Literal
 
 import compressed_tensors  # noqa: F401  (the libraries belong to the base line of memory, not to a model)
 import torch
-from transformers import AutoConfig, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from compress.artifact.export import read_report, weight_files
 from compress.calibrate.errors import InputError
@@ -26,6 +26,7 @@ from compress.evalsuite.efficiency import (
 from compress.memory import release
 from compress.model import open_config, open_model
 from compress.runtime import load
+from compress.share.config import folder_config
 from compress.source import download, hub_config_folder, hub_weight_bytes, locate
 
 ADVICE = "free some, or try --one-at-a-time, a shorter --prompt-tokens, shorter --lengths"
@@ -227,7 +228,7 @@ def open_any_config(model: str) -> tuple[PreTrainedConfig, str]:
         facts = open_config(model)
         return facts.config, facts.name
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = folder_config(folder, read_json(folder / "config.json", model))
     except (OSError, TypeError, ValueError) as error:
         problem = f"its config isn't valid ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise InputError("--model", model, problem) from error

@@ -3,6 +3,7 @@
 The pipeline doesn't know who listens: the command line draws a progress bar, a notebook or a server may do otherwise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,3 +88,17 @@ class StageDone:
 
 
 Event = StageStarted | LayerStarted | ModuleDone | LayerDone | StepDone | Message | StageDone
+
+
+class Every:
+    """Tells the progress of writing text, every so many per cent."""
+
+    def __init__(self, percent: int, emit: Callable[[Event], None]) -> None:
+        self.step, self.told, self.emit = percent, 0, emit
+
+    def __call__(self, done: int, wanted: int) -> None:
+        """So many tokens of those wanted are there."""
+        percent = done * 100 // wanted
+        if percent >= self.told + self.step:
+            self.told = percent - percent % self.step
+            self.emit(Message(f"calibration text: {done:,} of {wanted:,} tokens written"))

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,8 @@ from compress.calibrate.errors import InputError
 from compress.checkpoint import Checkpoint, SafetensorsCheckpoint, check_tensors, read_json
 from compress.families import Family, check_config, family_of
 from compress.gguf_reader import GgufCheckpoint
+from compress.plan import Share
+from compress.share.config import MARK, kept
 from compress.source import GGUF_FILE, Source, download, hub_config_folder, hub_weight_bytes, locate
 
 _CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
@@ -51,9 +53,11 @@ class ModelFacts:
         family: the facts of its architecture.
         dtype: the type the weights are stored in; float16 for a quantized GGUF file.
         tied: the output head is the embedding matrix.
-        layer_shapes: shapes of the parameters of one decoder layer, by names relative to it; all layers are alike.
+        layer_shapes: shapes of the parameters of one decoder layer, by names relative to it; all layers are alike, but
+            for what ``shares`` takes away.
         checkpoint_bytes: size of the weight files (the size in ``dtype`` if the Hub wouldn't say).
         packed: the weights are those of an artifact, quantized already; they are read as what they stand for.
+        shares: layers that take from others what they would need more weights for.
     """
 
     source: str
@@ -65,6 +69,7 @@ class ModelFacts:
     layer_shapes: Mapping[str, tuple[int, ...]]
     checkpoint_bytes: int
     packed: bool = False
+    shares: Mapping[int, Share] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -81,14 +86,24 @@ class ModelFacts:
         """Number of parameters; a tied head counts once."""
         return sum(prod(shape) for shape in self.tensor_shapes().values())
 
+    @property
+    def sharing(self) -> frozenset[int]:
+        """The layers that take attention, or keys and values, and those that they take it from."""
+        return frozenset(self.shares) | {share.source for share in self.shares.values()}
+
     def linears(self, layer: int) -> dict[str, LinearFacts]:
-        """The linear layers of one decoder layer, by role: q, k, v, o, gate, up, down."""
-        found = {}
+        """The linear layers of one decoder layer, by role: those of q, k, v, o, gate, up, down that it has."""
+        found, shapes = {}, self.shapes(layer)
         for role, module in self.family.roles.items():
-            rows, columns = self.layer_shapes[f"{module}.weight"]
-            name = f"{self.family.layers}.{layer}.{module}"
-            found[role] = LinearFacts(name, rows, columns, f"{module}.bias" in self.layer_shapes)
+            if f"{module}.weight" in shapes:
+                rows, columns = shapes[f"{module}.weight"]
+                name = f"{self.family.layers}.{layer}.{module}"
+                found[role] = LinearFacts(name, rows, columns, f"{module}.bias" in shapes)
         return found
+
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that one decoder layer has, by names relative to it."""
+        return {name: self.layer_shapes[name] for name in kept(self.layer_shapes, self.family, self.shares.get(layer))}
 
     def window(self, layer: int) -> int | None:
         """The number of tokens (itself included) that a token of this layer sees, or None for all before it."""
@@ -102,7 +117,7 @@ class ModelFacts:
         hidden, vocab = self.config.hidden_size, self.config.vocab_size
         shapes: dict[str, tuple[int, ...]] = {f"{self.family.embed}.weight": (vocab, hidden)}
         for layer in range(self.num_layers):
-            shapes |= {f"{self.family.layers}.{layer}.{name}": shape for name, shape in self.layer_shapes.items()}
+            shapes |= {f"{self.family.layers}.{layer}.{name}": shape for name, shape in self.shapes(layer).items()}
         shapes[f"{self.family.final_norm}.weight"] = (hidden,)
         if not self.tied:
             shapes[f"{self.family.head}.weight"] = (vocab, hidden)
@@ -129,17 +144,21 @@ class ModelView:
         self.dtype = facts.dtype
         self.tied = facts.tied
         self.num_layers = facts.num_layers
-        self._trust_remote_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code
         self._run_config = _run_config(facts.config)
 
+    def over(self, facts: ModelFacts, checkpoint: Checkpoint) -> "ModelView":
+        """The model with other facts and weights."""
+        return type(self)(facts, checkpoint, self.path, self.trust_remote_code)
+
     def linears(self, layer: int) -> dict[str, LinearFacts]:
-        """The linear layers of one decoder layer, by role: q, k, v, o, gate, up, down."""
+        """As :meth:`ModelFacts.linears`."""
         return self.facts.linears(layer)
 
     def layer_weights(self, layer: int) -> dict[str, Tensor]:
         """All parameters of one decoder layer, by names relative to it (``self_attn.q_proj.weight``)."""
         prefix = f"{self.family.layers}.{layer}."
-        return {name: self._read(prefix + name) for name in self.facts.layer_shapes}
+        return {name: self._read(prefix + name) for name in self.facts.shapes(layer)}
 
     def build_layer(self, layer: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """transformers' decoder layer with these tensors, which are used as they are and not copied.
@@ -153,6 +172,7 @@ class ModelView:
         """
         with torch.device("meta"):
             module: nn.Module = self.family.load_class("DecoderLayer")(self._run_config, layer)
+        self._shape_layer(module, layer)
         module.load_state_dict(dict(weights), strict=True, assign=True)
         return module.requires_grad_(False).eval()
 
@@ -207,7 +227,7 @@ class ModelView:
             if self.path.is_file():
                 # AutoTokenizer would come to the same class after parsing the whole header twice, 8 s for 135M.
                 return PreTrainedTokenizerFast.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-            return AutoTokenizer.from_pretrained(str(self.path), trust_remote_code=self._trust_remote_code)
+            return AutoTokenizer.from_pretrained(str(self.path), trust_remote_code=self.trust_remote_code)
         except _CONFIG_ERRORS as error:
             problem = f"its tokenizer can't be loaded ({str(error).splitlines()[0]})"
             raise InputError("--model", self.source, problem, fix="add its tokenizer files to the folder") from error
@@ -231,6 +251,7 @@ class ModelView:
         config.dtype = dtype
         with torch.device("meta"):
             model: PreTrainedModel = self.family.load_class("ForCausalLM")(config)
+        self._shape_model(model)
         shapes = self.facts.tensor_shapes()
         for name in sorted(shapes, key=lambda name: prod(shapes[name]), reverse=True):
             module, _, parameter = name.rpartition(".")
@@ -241,6 +262,12 @@ class ModelView:
             model.get_submodule(self.family.head).weight = model.get_submodule(self.family.embed).weight
         model.generation_config = self.generation_config()
         return model.eval()
+
+    def _shape_layer(self, module: nn.Module, layer: int) -> None:
+        """Take away what a layer that shares doesn't have."""
+
+    def _shape_model(self, model: PreTrainedModel) -> None:
+        """The same of a whole model."""
 
     def _read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         if name == f"{self.family.embed}.weight" and name not in self.checkpoint.names():
@@ -349,6 +376,9 @@ def _open_local(found: Source, path: Path) -> tuple[ModelFacts, Checkpoint]:
 
 def _folder_config(folder: Path, source: str) -> tuple[Family, PreTrainedConfig]:
     content = read_json(folder / "config.json", source)
+    if MARK in content:
+        problem, fix = "its layers share attention already, and it can't be compressed again", "give the original model"
+        raise InputError("--model", source, problem, fix=fix)
     family = family_of(content, source)
     check_config(content, family, source)
     try:

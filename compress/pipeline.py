@@ -22,13 +22,13 @@ from compress.artifact.export import read_report, write_artifact
 from compress.artifact.gguf_tokenizer import tokenizer_metadata
 from compress.artifact.inspect import changed_files
 from compress.artifact.kept import keep
-from compress.artifact.packed_checkpoint import PackedCheckpoint, open_packed
+from compress.artifact.packed_checkpoint import open_packed
 from compress.calibrate.errors import InputError
 from compress.calibrate.selfgen import fast_dtype
 from compress.calibrate.source import AUTO, SELF, Model, Request, prepare
 from compress.calibrate.text import is_local
 from compress.calibrate.windows import CalibrationSet
-from compress.events import Event, Message, StageDone, StageStarted
+from compress.events import Event, Every, Message, StageDone, StageStarted
 from compress.job import Job, Result
 from compress.memory import release
 from compress.model import ModelFacts, ModelView, open_model
@@ -38,13 +38,14 @@ from compress.plan_order import side_by_side
 from compress.planning import Plan, active_stages, carries, plan
 from compress.recipe import Recipe
 from compress.scoring import prepare_scoring, score_run
+from compress.taken_over import plan_mark, recount, taken_over
 from compress.work import WorkFolder, changed, refuse_other_run, sweep
 
 __all__ = ["RunResult", "plan", "run"]
 
 SCHEMA = "compress.report/1"
 SO_FAR = "seconds_so_far"  # in the report of an artifact that is published and not yet scored
-DECIDING = {"calibration", "weights", "heads", "sparse", "kv", "export"}  # sections that decide the artifact
+DECIDING = {"calibration", "share", "weights", "heads", "sparse", "kv", "act", "export"}  # they decide the artifact
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "lm-eval")
 
 
@@ -189,10 +190,15 @@ def _compress(
     """Everything up to publication; returns the report."""
     kept = refuse_other_run(planned.out, _fingerprint(planned, view)) if resume else None
     calibration = _calibration(view, planned.recipe, _source_of(kept), emit)
-    report = _begin_report(planned, view, calibration)
+    former = taken_over(view.path, planned.recipe, view.config)
+    for note in former.notes:
+        emit(Message(note))
+    report = _begin_report(planned, view, calibration) | former.sections
     with WorkFolder(planned.out, report["fingerprint"], resume, started) as folder:
         try:
-            _make(Job(view, planned.recipe, calibration, folder, planned.device, emit, report))
+            job = Job(view, planned.recipe, calibration, folder, planned.device, emit, report)
+            job.plan, job.files = former.plan, [*former.files]
+            _make(job)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -237,6 +243,7 @@ def _make(job: Job) -> None:
     started = time.perf_counter()
     if job.result is None:
         job.result = keep(job)
+    recount(job)
     if job.plan is not None:
         job.plan = side_by_side(job.plan, *_output_groups(job.view.facts, job.result))
     job.report["artifact"] = write_artifact(job, job.result)
@@ -281,25 +288,12 @@ def _calibration(
     request = Request(source, section.column, section.samples, section.seq_len, section.seed)
     fingerprint = json.dumps(view.checkpoint.fingerprint(), sort_keys=True)
     writer = Model(open=lambda: view.load_dense(fast_dtype()), fingerprint=fingerprint)
-    found = prepare(request, view.tokenizer(), writer, progress=_Every(10, emit))
+    found = prepare(request, view.tokenizer(), writer, progress=Every(10, emit))
     release()
     for note in found.notes:
         emit(Message(note))
     emit(StageDone("calibration", time.perf_counter() - started))
     return found
-
-
-class _Every:
-    """Tells the progress of writing text, every so many per cent."""
-
-    def __init__(self, percent: int, emit: Callable[[Event], None]) -> None:
-        self.step, self.told, self.emit = percent, 0, emit
-
-    def __call__(self, done: int, wanted: int) -> None:
-        percent = done * 100 // wanted
-        if percent >= self.told + self.step:
-            self.told = percent - percent % self.step
-            self.emit(Message(f"calibration text: {done:,} of {wanted:,} tokens written"))
 
 
 def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | None) -> dict[str, Any]:
@@ -335,7 +329,7 @@ def _begin_report(planned: Plan, view: ModelView, calibration: CalibrationSet | 
 
 def _subject(view: ModelView) -> dict[str, Any]:
     """What is compressed: a model, or the packed weights of an artifact with what its report says of them."""
-    if isinstance(view.checkpoint, PackedCheckpoint):
+    if view.facts.packed:
         former = read_report(view.path) or {}
         kept = {"weights": former["weights"]} if "weights" in former else {}
         carried = {key: former["recipe"][key] for key in ("name", "description")} | {"command": former["command"]}
@@ -357,6 +351,7 @@ def _fingerprint(planned: Plan, view: ModelView) -> dict[str, Any]:
         "recipe": planned.recipe.model_dump(mode="json", include=DECIDING),
         "versions": {name: version(name) for name in ("compress", "torch", "transformers")},
         "device": planned.device.type,
+        **plan_mark(view.path, planned.recipe),
     }
 
 
@@ -373,20 +368,23 @@ def summary(out: Path, report: dict[str, Any]) -> list[str]:
         lines.append(
             f"error    {errors[len(errors) // 2]:.4f} median, {errors[-1]:.4f} worst relative output error of a module"
         )
+    if share := report.get("share"):
+        lines.append(f"share    {share['summary']}")
     if heads := report.get("heads"):
         lines.append(f"heads    {heads['summary']}")
     if sparse := report.get("sparse"):
         lines.append(f"sparse   {sparse['summary']}")
     if kv := report.get("kv"):
         lines.append(f"cache    {kv['summary']}")
+    if act := report.get("act"):
+        lines.append(f"act      {act['summary']}")
     if weights.get("degraded"):
         lines.append(f"degraded {len(weights['degraded'])} modules were rounded to nearest: see report.json")
     room = min(4, 12 - len(lines) - 4)  # four more lines follow
     for row in (report.get("eval") or {}).get("rows", [])[:room]:
         lines.append(f"score    {row['task']} {row['metric']}: {_figure(row['before'])} -> {_figure(row['after'])}")
-    lines.append(
-        f"check    reloaded by transformers, logits within {report['reload_check']['relative_difference']:.1e}"
-    )
+    reader = "compress.load" if artifact.get("shared_layers") else "transformers"
+    lines.append(f"check    reloaded by {reader}, logits within {report['reload_check']['relative_difference']:.1e}")
     lines.append(f"time     {report['seconds']:.0f} s")
     lines.append(f"report   {out / 'report.html'}")
     lines.append(f"use      compress generate {shlex.quote(str(out))} --prompt 'Hello'")

@@ -79,9 +79,9 @@ class Search:
 
     sink: int = Field(default=128, ge=0)
     window: int = Field(default=1024, ge=64)
-    block_q: int = Field(default=64, ge=1)
+    block_q: int = Field(default=128, ge=1)
     block_k: int = Field(default=8, ge=2)
-    pool: int = Field(default=4, ge=1)
+    pool: int = Field(default=8, ge=1)
     keep: tuple[int, int] = (32768, 8192)
     refresh: tuple[int, int, int] = (32, 16, 8)
     gate: int | None = Field(default=None, ge=0)
@@ -107,10 +107,17 @@ class KVBits:
 
 @dataclass(frozen=True, config=_STRICT)
 class Calibration:
-    """Attention calibration (ACT): sinks above ``threshold`` are multiplied by ``beta``."""
+    """Attention calibration (arXiv 2406.15765), for all query heads of the group, each with sinks of its own.
 
-    beta: float
-    threshold: float
+    Attributes:
+        beta: what the weight of sinks is multiplied by.
+        threshold: mean attention that a token has to get, from the rows that see it, to be a sink.
+        relative: whether the threshold is divided by the number of tokens.
+    """
+
+    beta: float = Field(ge=0, le=1)
+    threshold: float = Field(gt=0)
+    relative: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -328,7 +335,7 @@ class AttentionPlan:
         for same in _runs(list(enumerate(self.layers))):
             layer = same[0][1]
             marks = "".join(letters[h.kind].lower() if h.kv else letters[h.kind] for h in layer.heads)
-            told = "; ".join(dict.fromkeys(_told(head.kv) for head in layer.heads))
+            told = "; ".join(dict.fromkeys(_told(head) for head in layer.heads))
             shared = "" if layer.share is None else f", shares {layer.share.mode} of layer {layer.share.source}"
             rows.append(f"layers {ranges(index for index, _ in same):<12} {marks}  {told}{shared}")
         return rows
@@ -355,9 +362,10 @@ def with_heads(layer: Layer, change: Mapping[int, Head]) -> Layer:
     return replace(layer, heads=tuple(change.get(index, head) for index, head in enumerate(layer.heads)))
 
 
-def _told(bits: KVBits | None) -> str:
+def _told(head: Head) -> str:
+    bits = head.kv
     if bits is None:
-        return "16 bits"
+        return "16 bits" if head.calibration is None else f"16 bits, sinks x {head.calibration.beta:g}"
     high, low = ("K{}V{}".format(*pair) for pair in (bits.high, bits.low))
     return low if bits.ratio == 0 else high if bits.ratio == 1 else f"{bits.ratio:.0%} {high}, others {low}"
 

@@ -166,8 +166,16 @@ def _compile(plan: AttentionPlan, index: int, spans: list[int], length: int, nat
         window=torch.tensor(spans, dtype=torch.int32),
         capacity=torch.tensor(capacity, dtype=torch.int32),
         kernel=_kernel(layer, sliding),
-        nbytes=sum(sizes, KVBytes(0, 0, 0)),
+        nbytes=_shared_bytes(layer, sum(sizes, KVBytes(0, 0, 0))),
     )
+
+
+def _shared_bytes(layer: Layer, own: KVBytes) -> KVBytes:
+    """What a layer keeps of keys and values: only these where it takes probabilities, nothing where it takes both."""
+    if layer.share is None or layer.share.mode == "mask":
+        return own
+    part = 2 if layer.share.mode == "attn" else 0
+    return KVBytes(*(nbytes // part if part else 0 for nbytes in (own.payload, own.stored, own.allocated)))
 
 
 def _strided(head: Head, first: int, end: int) -> int:
@@ -182,6 +190,10 @@ def _cluster_bytes(plan: AttentionPlan, cluster: Cluster, capacity: int, length:
     width = plan.fingerprint.head_dim
     if cluster.rule.kv is None or plan.packing is None:
         plain = 4 * width * capacity * len(cluster.heads)
+        if cluster.rule.calibration is not None:
+            queries = len(cluster.heads) * plan.fingerprint.heads // plan.fingerprint.kv_heads
+            known = 5 * queries + 4  # what is known of a token: sums and kinds of query heads, rows that saw it
+            return KVBytes(plain, plain + known * capacity, plain + known * (-(-capacity // BLOCK) * BLOCK))
         return KVBytes(plain, plain, plain)
     return packed_bytes(plan.packing, cluster.rule.kv, min(capacity, length), len(cluster.heads), width)
 

@@ -5,6 +5,7 @@ another's is looked at in `PlanWriter.finish`, once all of a method's entries ar
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from compress.calibrate.errors import InputError
 from compress.plan import (
@@ -26,6 +27,15 @@ from compress.plan import (
 OWNERS = 2  # first layers, which never take anything from another
 
 
+_NOTHING: dict[str, dict[str, Any]] = {
+    "window": {"sink": 0, "window": Window(), "stride": None},
+    "topk": {"topk": None},
+    "kv": {"kv": None},
+    "calibration": {"calibration": None},
+}
+"""What a head has where nobody wrote a part."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a head sees, as one method decides it."""
@@ -33,6 +43,11 @@ class Rule:
     sink: int
     window: Window
     stride: Stride | None = None
+
+
+def _told_more(head: Head, part: str) -> bool:
+    """Whether somebody wrote a part for a head."""
+    return replace(head, **_NOTHING[part]) != head
 
 
 class PlanWriter:
@@ -146,12 +161,17 @@ class PlanWriter:
         self._plan = replace(self._plan, scores={**self._plan.scores, self.method: scores}, max_len_profiled=longest)
 
     def finish(self) -> AttentionPlan:
-        """The plan with what was written; KV heads that drop tokens don't grow with the text, and stay at 16 bits.
+        """The plan with what was written.
+
+        KV heads that drop tokens don't grow with the text, and stay at 16 bits. Layers that share attention, or keys
+        and values, and those that they share with, see everything at 16 bits: what a later method wrote for them is
+        taken back.
 
         Raises:
             InputError: parts that don't go together; both writers are named.
         """
         self._unpack_dropping()
+        self._clear_sharing()
         for index, layer in enumerate(self._plan.layers):
             for number, head in enumerate(layer.heads):
                 self._check_head(f"layer {index}, KV head {number}", head)
@@ -175,6 +195,30 @@ class PlanWriter:
         if count:
             self.notes.append(f"{count} KV heads that see a window only don't grow with the text and stay at 16 bits")
 
+    def _clear_sharing(self) -> None:
+        """Of layers that share, what this method wrote."""
+        shares = {index: layer.share for index, layer in enumerate(self._plan.layers) if layer.share is not None}
+        taking = {index: share.source for index, share in shares.items() if share.mode != "mask"}
+        told = sorted({*taking, *taking.values()})
+        for part, nothing in _NOTHING.items():
+            emptied = {
+                index: {number: replace(head, **nothing) for number, head in enumerate(self._plan.layers[index].heads)}
+                for index in told
+            }
+            odd = [index for index in told if tuple(emptied[index].values()) != self._plan.layers[index].heads]
+            if not odd:
+                continue
+            if self._plan.writers.get(part) != self.method:
+                problem = f"layer {odd[0]} shares attention with another one, and doesn't see everything at 16 bits"
+                raise self._conflict(problem, "share", part)
+            for index in odd:
+                self._change(index, emptied[index])
+            who = self._plan.writers.get("share", "nobody")
+            self.notes.append(
+                f"layers {', '.join(map(str, odd))} share attention ({who}) and stay as they are: {self.method} is "
+                "taken back for them"
+            )
+
     def _check_head(self, place: str, head: Head) -> None:
         if head.topk is not None and not head.window.full:
             raise self._conflict(f"{place}: far tokens are searched for, and the window drops them", "topk", "window")
@@ -184,30 +228,18 @@ class PlanWriter:
             raise self._conflict(
                 f"{place}: attention is re-weighted, and saliency reads the same column sums", "calibration", "kv"
             )
+        if head.calibration is not None:
+            other = next((part for part in ("window", "topk", "kv") if _told_more(head, part)), None)
+            if other is not None:
+                problem = f"{place}: attention is re-weighted over all tokens, and not all are there at 16 bits"
+                raise self._conflict(problem, "calibration", other)
 
     def _check_share(self, index: int, layer: Layer, share: Share) -> None:
-        """A layer that takes attention, or keys and values, holds exactly the tokens that their owner holds."""
-        if share.mode == "mask":
-            return
-        source = self._plan.layers[share.source].heads
-        group = self._plan.fingerprint.heads // self._plan.fingerprint.kv_heads
-        for query in range(self._plan.fingerprint.heads):
-            own = layer.heads[query // group]
-            other = source[(query if share.head_map is None else share.head_map[query]) // group]
-            if (own.sink, own.window, own.stride) != (other.sink, other.window, other.stride):
-                raise self._conflict(
-                    f"layer {index}, KV head {query // group} takes {share.mode} of layer {share.source}, and sees "
-                    "other tokens than its owner",
-                    "share",
-                    "window",
-                )
-            if share.mode == "attn" and own.topk != other.topk:
-                raise self._conflict(
-                    f"layer {index}, KV head {query // group} takes attention of layer {share.source}, and searches "
-                    "by itself",
-                    "share",
-                    "topk",
-                )
+        """A layer that takes the lists of another one searches as that one does."""
+        pair = (layer.heads, self._plan.layers[share.source].heads)
+        if share.mode == "mask" and pair[0] != pair[1] and any(head.topk for heads in pair for head in heads):
+            problem = f"layer {index} takes the lists of layer {share.source}, and doesn't search as that one does"
+            raise self._conflict(problem, "share", "topk")
 
     def _own(self, part: str) -> None:
         """Claim a part of the plan."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compress.act.stage import ActStage
 from compress.artifact.account import Destination
 from compress.artifact.export import read_report
 from compress.artifact.packed_checkpoint import check_carried, is_packed_artifact, open_packed
@@ -25,11 +26,13 @@ from compress.kv.stage import KVStage
 from compress.model import ModelFacts, open_config
 from compress.options import RunOptions
 from compress.recipe import Recipe
+from compress.share.stage import ShareStage
 from compress.sparse.stage import SparseStage
+from compress.taken_over import taken_over
 from compress.weights.stage import WeightsStage
 from compress.work import partial_folder
 
-STAGES: tuple[Stage, ...] = (WeightsStage(), HeadsStage(), SparseStage(), KVStage())
+STAGES: tuple[Stage, ...] = (ShareStage(), WeightsStage(), HeadsStage(), SparseStage(), KVStage(), ActStage())
 LIBRARIES_BYTES = 550 << 20  # what Python, torch and transformers occupy before a model is opened
 EFFICIENCY = 0.5  # of the speed of a large matrix product that a whole run reaches; measured, docs/log.md
 
@@ -150,6 +153,7 @@ def plan(
     stages = active_stages(resolved)
     for stage in stages:
         stage.preflight(facts, resolved)
+    taken_over(Path(model).expanduser(), resolved, facts.config)
     check_export(facts, resolved)
     if (calibration := resolved.calibration) is not None:
         check_source(Request(calibration.source, calibration.column))
@@ -193,9 +197,11 @@ def default_out(facts: ModelFacts, recipe: Recipe) -> Path:
         size = recipe.weights.group_size
         parts.append(f"W{recipe.weights.bits}A16")
         parts += [f"G{size}"] if isinstance(size, int) and size > 0 else []
+        parts += [] if recipe.share is None else [recipe.share.method]
         parts += [] if recipe.heads is None else [recipe.heads.method]
         parts += [] if recipe.sparse is None else [recipe.sparse.method]
         parts += [] if recipe.kv is None else [recipe.kv.method]
+        parts += [] if recipe.act is None else ["act"]
     return Path("-".join(parts))
 
 

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from compress.calibrate.errors import InputError, did_you_mean
 from compress.keys import allowed, comment, nearest
-from compress.schema import KV, SECTIONS, Calibration, Eval, Export, Heads, Section, Sparse, Weights
+from compress.schema import KV, SECTIONS, Act, Calibration, Eval, Export, Heads, Section, Sharing, Sparse, Weights
 from compress.yaml12 import YamlError, inline, parse
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -33,10 +33,12 @@ class Recipe(Section):
         name: what a report calls it.
         description: one line.
         calibration: the text that methods look at, or None.
+        share: layers that take attention of an earlier one, or None.
         weights: weight quantization, or None.
         heads: which heads keep every token, or None.
         sparse: heads that search for the tokens that they attend, or None.
         kv: quantization of the KV cache, or None.
+        act: attention calibration, or None.
         export: what is written; always there, with its defaults if the file has no such section.
         eval: scoring, or None.
     """
@@ -44,15 +46,24 @@ class Recipe(Section):
     name: str = "custom"
     description: str = ""
     calibration: Calibration | None = None
+    share: Sharing | None = None
     weights: Weights | None = None
     heads: Heads | None = None
     sparse: Sparse | None = None
     kv: KV | None = None
+    act: Act | None = None
     export: Export = Export()
     eval: Eval | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        if self.share is not None and self.calibration is None:
+            raise InputError(
+                "share",
+                self.share.method,
+                "layers are chosen and fitted on calibration text, and the recipe has no section 'calibration'",
+                fix="add the section (`calibration: {}` or --calibration auto)",
+            )
         if self.weights is not None and self.weights.method == "gptq" and self.calibration is None:
             raise InputError(
                 "weights.method",

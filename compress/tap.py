@@ -2,7 +2,7 @@
 
 A call of a model or layer whose attention is ``compress_tap`` takes ``tap=f``; transformers hands it through to here.
 Queries and keys are seen after their norms and rotary embedding, whatever a family does to them. Without ``tap`` it is
-transformers' SDPA attention.
+transformers' SDPA attention. What other layers take from a layer is held for them (``compress/share/echo.py``).
 """
 
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from compress.share.echo import ECHO, Echo
 
 NAME = "compress_tap"
 
@@ -45,6 +47,9 @@ def tapped_attention(
 ) -> tuple[Tensor, None]:
     """See the module's text; shapes as in :class:`Seen`."""
     tap = kwargs.pop("tap", None)
+    echo: Echo | None = getattr(module, ECHO, None)
+    if echo is not None:
+        echo.lead(module.layer_idx, query, key, value, attention_mask, kwargs["scaling"])  # type: ignore[arg-type]
 
     def attend() -> Tensor:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]

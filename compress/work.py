@@ -140,17 +140,7 @@ class WorkFolder:
         Raises:
             OSError: it can't be written, with the system's error number, which safetensors only mentions.
         """
-        target = self.path / name
-        part = target.with_name(target.name + ".part")
-        try:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
-        except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), str(error), str(part)) from error
-        _settle(part, target)
-        return target
+        return write_tensors(self.path / name, tensors)
 
     def publish(self) -> None:
         """Move the finished artifact to its place and remove the work."""
@@ -162,6 +152,24 @@ def sweep(out: Path) -> None:
     """Remove the work of a run whose artifact is in its place."""
     if (partial_folder(out) / STATE).exists():
         shutil.rmtree(partial_folder(out))
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write a safetensors file so that it is there whole or not at all.
+
+    Raises:
+        OSError: as :meth:`WorkFolder.save_tensors`.
+    """
+    part = target.with_name(target.name + ".part")
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), str(error), str(part)) from error
+    _settle(part, target)
+    return target
 
 
 def write_text(path: Path, text: str) -> None:

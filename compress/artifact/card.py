@@ -54,6 +54,7 @@ def model_card(report: dict[str, Any], title: str, place: str | None = None, aut
         nbytes=nbytes,
         packed=bool(report.get("weights", {}).get("modules")),
         kv=report.get("kv"),
+        shared=bool(artifact.get("shared_layers")),
         table=evaluation.get("table"),
         measured_on=evaluation.get("note", ""),
         divergence=_divergence(evaluation.get("divergence")),

@@ -15,10 +15,12 @@ from compress.artifact.compressed_tensors import quantization_config
 from compress.artifact.gguf import write_gguf
 from compress.artifact.gptq import open_gptq, write_gptq
 from compress.artifact.shards import join
+from compress.artifact.stored import open_stored
 from compress.calibrate.disk import sha256
 from compress.job import Job, Result
 from compress.model import ModelView, open_model
 from compress.origin import legal_files
+from compress.share.config import MARK, marked
 from compress.source import GGUF_FILE
 
 
@@ -44,6 +46,7 @@ def write_artifact(job: Job, result: Result) -> dict[str, Any]:
     for path in (*job.files, *legal_files(job.view)):
         shutil.copyfile(path, folder / path.name)
     first = job.recipe.export.formats[0]
+    shared = {"shared_layers": sorted(job.view.facts.shares)} if job.view.facts.shares else {}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": first,
@@ -53,6 +56,7 @@ def write_artifact(job: Job, result: Result) -> dict[str, Any]:
         "source_bytes": job.view.facts.checkpoint_bytes,
         "bytes_16bit": params * 2,
         "formats": formats,
+        **shared,
         "files": {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in files
@@ -87,6 +91,9 @@ def _write_format(name: str, job: Job, result: Result, place: Path) -> None:
         if place != job.folder.artifact:  # such a file needs no other beside it
             return
     artifact_config(job.view, result, block).save_pretrained(place)
+    if job.view.facts.shares:
+        config = place / "config.json"
+        config.write_text(json.dumps(marked(json.loads(config.read_text(encoding="utf-8"))), indent=2) + "\n", "utf-8")
     job.view.generation_config().save_pretrained(place)
     job.view.tokenizer().save_pretrained(place)
 
@@ -125,11 +132,15 @@ def load_artifact(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder in one of our formats, dense and in eval mode.
 
     compressed-tensors is read by plain ``from_pretrained``, without its progress bars; GPTQ and GGUF by our own
-    readers, because those that transformers calls need further packages, or lose what is particular to a model.
+    readers, because those that transformers calls need further packages, or lose what is particular to a model; and so
+    are layers that share attention, which transformers doesn't know.
     """
     if not list(folder.glob("*.safetensors")):
         return open_model(str(folder / GGUF_FILE)).load_dense(dtype)
-    block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if MARK in content:
+        return open_stored(folder, str(folder)).load_dense(dtype)
+    block = content.get("quantization_config") or {}
     if block.get("quant_method") == "gptq":
         return open_gptq(folder).load_dense(dtype)
     with redirect_stderr(io.StringIO()):

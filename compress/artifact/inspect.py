@@ -11,6 +11,8 @@ from compress.artifact.gptq import gptq_scheme
 from compress.artifact.shards import tensor_header
 from compress.calibrate.disk import sha256
 from compress.calibrate.errors import InputError
+from compress.plan import read_plan
+from compress.share.config import MARK, shares_of, unmarked
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Inspection:
         weight_bytes: size of the files that hold its weights.
         tensors: number of tensors by dtype.
         damaged: files whose content isn't what the report says.
+        shared: which layers take what from which, a sentence each.
     """
 
     folder: Path
@@ -32,12 +35,14 @@ class Inspection:
     weight_bytes: int
     tensors: dict[str, int]
     damaged: list[str]
+    shared: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
         return {
             "folder": str(self.folder),
-            "model_type": self.config.get("model_type"),
+            "model_type": unmarked(self.config).get("model_type"),
+            "shared": self.shared,
             "quantization": self.config.get("quantization_config"),
             "weight_bytes": self.weight_bytes,
             "tensors": self.tensors,
@@ -47,11 +52,12 @@ class Inspection:
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        lines = [f"{self.folder}: {self.config.get('model_type')}, weights {self.weight_bytes / 1e6:.1f} MB"]
+        lines = [f"{self.folder}: {unmarked(self.config).get('model_type')}, weights {self.weight_bytes / 1e6:.1f} MB"]
         block = self.config.get("quantization_config") or {}
         lines += [f"  {scheme} on {', '.join(targets)}" for targets, scheme in schemes_of(block)]
         if block.get("quant_method") == "gptq":
             lines.append(f"  {gptq_scheme(block)} on the linear layers of the decoder")
+        lines += [f"  attention: {line}" for line in self.shared]
         lines.append("  tensors: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.tensors.items())))
         if self.report is None:
             return [*lines, "  no report.json: not written by compress"]
@@ -92,7 +98,18 @@ def inspect(folder: Path) -> Inspection:
     files = report["artifact"]["files"] if report else {}
     damaged = [name for name, facts in files.items() if not intact(folder / name, facts)]
     nbytes = sum(path.stat().st_size for path in weight_files(folder))
-    return Inspection(folder, report, config, nbytes, counts, damaged)
+    return Inspection(folder, report, config, nbytes, counts, damaged, _shared(folder) if MARK in config else [])
+
+
+def _shared(folder: Path) -> list[str]:
+    found: dict[tuple[int, str], list[int]] = {}
+    for layer, share in shares_of(read_plan(folder)).items():
+        found.setdefault((share.source, share.mode), []).append(layer)
+    taken = {"attn": "probabilities", "kv": "keys and values"}
+    return [
+        f"layers {', '.join(map(str, layers))} take {taken[mode]} of layer {source}"
+        for (source, mode), layers in sorted(found.items())
+    ]
 
 
 def changed_files(folder: Path) -> list[str]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compress.artifact.packed_checkpoint import PackedCheckpoint, stored_view
+from compress.artifact.packed_checkpoint import stored_view
+from compress.artifact.stored import PackedCheckpoint
 from compress.calibrate.errors import InputError
 from compress.job import PROBE_TOKENS, Job, Result
 from compress.model import ModelFacts, ModelView, run_layer
@@ -27,11 +28,11 @@ def keep(job: Job) -> Result:
     view = job.view
     checkpoint = view.checkpoint
     dtype = storage_dtype(view.facts, job.recipe)
-    carried = isinstance(checkpoint, PackedCheckpoint)
-    parts = checkpoint.parts if isinstance(checkpoint, PackedCheckpoint) else list(_written(job, dtype))
-    schemes = checkpoint.schemes if isinstance(checkpoint, PackedCheckpoint) else {}
     probe = _probe(job)
-    result = Result(parts, schemes, False, dtype, probe, torch.empty(0), view.path if carried else None)
+    if view.facts.packed and isinstance(checkpoint, PackedCheckpoint):
+        result = Result(checkpoint.parts, checkpoint.schemes, False, dtype, probe, torch.empty(0), view.path)
+    else:
+        result = Result(list(_written(job, dtype)), {}, False, dtype, probe, torch.empty(0))
     result.logits = answer(stored_view(view, result), probe)
     return result
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.fingerprint import sliding_layers
+from compress.share.modules import shares
 from compress.tap import NAME, Tap
 
 
@@ -17,6 +18,10 @@ class Layers:
 
     Args:
         model: with a language head or without.
+
+    Attributes:
+        sliding: layers with a sliding window of the model's own.
+        full: layers whose heads may be told to see less: those that slide, share or are shared stay as they are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -24,9 +29,11 @@ class Layers:
         self.device = model.device
         self.count = int(self.config.num_hidden_layers)
         self.kv_heads = int(self.config.num_key_value_heads)
-        self.full = tuple(sorted(set(range(self.count)) - set(sliding_layers(self.config))))
         self._model: Any = model
         self._decoder: Any = model.base_model
+        self.sliding = set(sliding_layers(self.config))
+        shared = {index for index, layer in enumerate(self._decoder.layers) if shares(layer.self_attn)}
+        self.full = tuple(sorted(set(range(self.count)) - self.sliding - shared))
 
     @contextmanager
     def tapped(self) -> Iterator[None]:
@@ -75,7 +82,7 @@ class Layers:
     def _mask(self, index: int, hidden: Tensor) -> Tensor | None:
         """As :meth:`compress.model.ModelView.attention_mask`."""
         length = hidden.shape[1]
-        if index in self.full or self.config.sliding_window >= length:
+        if index not in self.sliding or self.config.sliding_window >= length:
             return None
         place = torch.arange(length, device=hidden.device)
         distance = place[:, None] - place[None, :]

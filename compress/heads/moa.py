@@ -2,9 +2,10 @@
 
 Rules are those of the paper's grid that differ, full attention, the window of a streaming head, and that with further
 blocks at a fixed distance (S2-Attention, arXiv 2407.17678), shifted from layer to layer. What each costs is measured at
-several lengths (``influence``), a programme picks one for every KV head (``solve``), and of its few candidates the one
-is taken whose answers have the least loss on prompts that are longer than any that was profiled. Published plans are
-for query heads, which with grouped queries needs a larger cache than full attention: ours are not.
+several lengths (``influence``), a programme picks one for every KV head (``solve``), and of its few candidates, one
+window for all heads, and full and streaming heads (``simple_plans``) the one is taken whose answers have the least loss
+on prompts that are longer than any that was profiled. Published plans are for query heads, which with grouped queries
+needs a larger cache than full attention: ours are not.
 """
 
 import time
@@ -30,6 +31,7 @@ from compress.heads.layers import Layers
 from compress.heads.methods import Found, full_layers, rule_of, writer_of
 from compress.heads.profiling import Profiler, Subject, prompts
 from compress.heads.select import dense_bytes
+from compress.heads.simple_plans import simple_plans
 from compress.heads.solve import Choice, Floats, Problem, candidates, solve
 from compress.kv.layer import Cluster, Handle, PlanLayer
 from compress.kv.plain import PlainPart, Reach
@@ -64,6 +66,8 @@ def spans(profiler: Profiler, facts: ModelFacts, start: AttentionPlan | None) ->
     problem = _problem(settings, facts.config, costs[:, layers].double().numpy())
     problem = replace(problem, allowed=_allowed(profiler, problem, layers))
     found = candidates(problem, [f"{length:,} tokens" for length in sorted(settings.lengths)])
+    known = {choice.rules for choice in found}
+    found += [choice for choice in simple_plans(problem, FULL, STREAM) if choice.rules not in known]
     comparison = Comparison(profiler, rules, layers)
     losses = [comparison.loss(choice) for choice in found]
     best = min(range(len(found)), key=losses.__getitem__)
@@ -100,8 +104,12 @@ def check(settings: Heads, config: PreTrainedConfig) -> None:
     Raises:
         InputError: none could; the nearest budget that some keep to is told.
     """
-    costs = np.zeros((1, len(_full(config)), 1, len(rules_of(settings))))
-    solve(replace(_problem(settings, config, costs), whole=False), np.ones(1))
+    mark, layers = fingerprint_of(config), len(_full(config))
+    problem = _problem(settings, config, np.zeros((1, layers, mark.kv_heads, len(rules_of(settings)))))
+    # which heads are forced isn't known yet, how many is
+    spread = np.arange(layers * mark.kv_heads).reshape(mark.kv_heads, layers).T
+    allowed = _forced(problem, spread < _forced_count(settings, problem))
+    solve(replace(problem, allowed=allowed, whole=False), np.ones(1))
 
 
 def rules_of(settings: Heads) -> tuple[Rule, ...]:
@@ -166,12 +174,23 @@ def _problem(settings: Heads, config: PreTrainedConfig, costs: Floats) -> Proble
 
 def _allowed(profiler: Profiler, problem: Problem, layers: list[int]) -> Any:
     """The heads with the highest induction score have to keep everything, as many as the recipe says."""
-    _, *heads, rules = problem.costs.shape
-    count = round(profiler.subject.settings.forced * heads[0] * heads[1])
-    allowed = np.ones((*heads, rules), bool)
-    if count:
-        first = profiler.score("induction")[layers].flatten().argsort(descending=True, stable=True)[:count]
-        allowed.reshape(-1, rules)[first.numpy(), FULL + 1 :] = False
+    shape = problem.costs.shape[1:3]
+    first = np.zeros(shape, bool)
+    if count := _forced_count(profiler.subject.settings, problem):
+        order = profiler.score("induction")[layers].flatten().argsort(descending=True, stable=True)
+        first.reshape(-1)[order[:count].numpy()] = True
+    return _forced(problem, first)
+
+
+def _forced_count(settings: Heads, problem: Problem) -> int:
+    """How many heads have to keep everything."""
+    return round(settings.forced * problem.costs.shape[1] * problem.costs.shape[2])
+
+
+def _forced(problem: Problem, first: "np.ndarray") -> Any:
+    """The rules that heads may have, where the first, ``[layers, KV heads]`` bool, have to keep everything."""
+    allowed = np.ones(problem.costs.shape[1:], bool)
+    allowed[first, FULL + 1 :] = False
     return allowed
 
 

@@ -13,6 +13,7 @@ MEANING = {
     "retrieval": "How much of a hidden pass phrase a head copies while the model says it. 0 to 1.",
     "mean_qk": "Baseline: area under the attention of mean query and mean key, which sees positions only.",
     "influence": "Change of the loss, at first order, where a head sees its first and newest tokens only.",
+    "blend": "Mean rank among all heads by influence and mean_qk, above 0 to 1.",
     "gauss_newton": "Squared change of the last hidden states with a head's gate, at second order.",
     "gates": "Gates optimised as in DuoAttention: 1 keeps full attention, 0 streams.",
 }

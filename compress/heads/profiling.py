@@ -25,7 +25,7 @@ from compress.heads.data import Item, answered_items, digest, passkey_items
 from compress.heads.gauss_newton import gauss_newton
 from compress.heads.influence import influence
 from compress.heads.profile import HeadProfile
-from compress.heads.scores import ScoreSettings, score
+from compress.heads.scores import BLENDED, ScoreSettings, mean_rank, score
 from compress.job import Job
 from compress.plan_writer import Rule
 from compress.schema import Heads
@@ -87,7 +87,8 @@ class Profiler:
             begun = time.perf_counter()
             if "prompts" not in self.state:
                 self.state["prompts"] = digest(self._how.items(self.subject.tokenizer))
-            own = {"influence": self._influence, "gauss_newton": self._gauss_newton}.get(name)
+            makers = {"influence": self._influence, "gauss_newton": self._gauss_newton, "blend": self._blend}
+            own = makers.get(name)
             subject = self.subject
             values = score(name, subject.model, subject.tokenizer, self._how) if own is None else own()
             self.record(name, values, time.perf_counter() - begun)
@@ -178,6 +179,9 @@ class Profiler:
 
     def _influence(self) -> Tensor:
         return self.each("influence", lambda item: influence(self.subject.model, [item], [self.rule])[..., 0])
+
+    def _blend(self) -> Tensor:
+        return mean_rank(*(self.score(name) for name in BLENDED))
 
     def _gauss_newton(self) -> Tensor:
         return self.each("gauss_newton", lambda item: gauss_newton(self.subject.model, item, self._duo))

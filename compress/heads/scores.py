@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -105,6 +106,7 @@ SCORES: dict[str, Score] = {
     "mean_qk": _mean_qk,
 }
 NAMES = tuple(SCORES)
+BLENDED = ("influence", "mean_qk")  # what the loss says of answers, and what positions alone say
 
 
 def score(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ScoreSettings) -> Tensor:
@@ -133,6 +135,19 @@ def score(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         problem = "is longer than the model's context"
         raise InputError("heads.lengths", max(settings.lengths), problem, allowed=f"at most {context}")
     return SCORES[name](model, tokenizer, settings)
+
+
+def mean_rank(*scores: Tensor) -> Tensor:
+    """The mean, over scores, of a head's rank among all heads: scores of different units count alike.
+
+    Args:
+        scores: [layers, KV heads] each.
+
+    Returns:
+        The same shape, float32, above 0 to 1; heads that are alike in a score share their mean rank in it.
+    """
+    ranks = [rankdata(values.double().flatten().numpy()) / values.numel() for values in scores]
+    return torch.tensor(sum(ranks) / len(ranks), dtype=torch.float32).view_as(scores[0])
 
 
 def _on_copies(

@@ -69,7 +69,7 @@ def sink_rate(model: PreTrainedModel, batches: Iterable[Tensor], threshold: floa
 
     def tap(seen: Seen) -> Tensor:
         nonlocal resting, seen_heads
-        window = None if seen.layer in layers.full else layers.config.sliding_window
+        window = layers.config.sliding_window if seen.layer in layers.sliding else None
         mass = attention_mass(seen.query, seen.key, None, seen.scaling, window)[..., 0] / seen.key.shape[2]
         resting += int((mass > threshold).sum())
         seen_heads += mass.numel()

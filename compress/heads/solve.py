@@ -128,11 +128,15 @@ def solve(problem: Problem, weights: Floats, name: str = "", largest: bool = Fal
     found = columns.minimise(objective, rows)
     if found.x is None:
         raise _refusal(problem, found.status)
-    chosen = found.x[: columns.x].reshape(shape).argmax(-1)
-    taken = np.take_along_axis(problem.costs, chosen[None, ..., None], -1).sum((1, 2, 3))
-    densities = np.take_along_axis(problem.densities, chosen[None], -1).mean((1, 2))
-    rules = tuple(tuple(int(rule) for rule in layer) for layer in chosen)
-    return Choice(name, rules, tuple(map(float, taken)), tuple(map(float, densities)), float(found.mip_gap or 0))
+    return chosen(problem, found.x[: columns.x].reshape(shape).argmax(-1), name, float(found.mip_gap or 0))
+
+
+def chosen(problem: Problem, rules: NDArray[Any], name: str, gap: float = 0.0) -> Choice:
+    """A rule for every head, ``[layers, KV heads]``, with what it costs and keeps."""
+    costs = np.take_along_axis(problem.costs, rules[None, ..., None], -1).sum((1, 2, 3))
+    densities = np.take_along_axis(problem.densities, rules[None], -1).mean((1, 2))
+    told = tuple(tuple(int(rule) for rule in layer) for layer in rules)
+    return Choice(name, told, tuple(map(float, costs)), tuple(map(float, densities)), gap)
 
 
 Row = tuple[csr_array, Any, Any]

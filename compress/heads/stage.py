@@ -33,8 +33,8 @@ from compress.schema import Heads
 
 LENGTHS = (2048, 4096, 8192)  # of which sizes are told
 WORDS = {"full": "full", "elastic": "elastic", "stride": "strided", "stream": "streaming"}
-BY_PROMPT = ("influence", "gauss_newton")  # scores whose prompts are kept one by one
-PASSES = {"duo": 5, "influence": 5, "gauss_newton": 26, "moa": 2}
+BY_PROMPT = ("blend", "influence", "gauss_newton")  # scores whose prompts are kept one by one
+PASSES = {"duo": 5, "influence": 5, "blend": 6, "gauss_newton": 26, "moa": 2}
 """Forward passes that a prompt costs, moa beside its influence; any other score takes one."""
 
 
@@ -67,15 +67,16 @@ class HeadsStage:
                 " tokens), so that heads can't be told apart",
                 fix="raise heads.lengths, or lower heads.recent",
             )
-        how_many(facts.config, budget_of(settings))
         if settings.method == "moa":
             moa.check(settings, facts.config)
+        else:
+            how_many(facts.config, budget_of(settings))
 
     def estimate(self, facts: ModelFacts, recipe: Recipe) -> Estimate:
         """See :class:`compress.job.Stage`."""
         settings = _present(recipe)
-        count = how_many(facts.config, budget_of(settings))
         order = rank(torch.zeros(facts.num_layers, facts.config.num_key_value_heads), full_layers(facts))
+        count = 0 if settings.method == "moa" else how_many(facts.config, budget_of(settings))
         plan = streaming_plan(facts.config, rule_of(settings), order.heads[:count])
         tokens = settings.items * sum(settings.lengths) * (2 if settings.prompts == "both" else 1)
         passes = tokens * PASSES.get(settings.score, 1)
@@ -91,7 +92,7 @@ class HeadsStage:
             scratch_bytes=16 * tokens,
             memory_bytes=weights + kept,
             artifact_bytes=kept_bytes(facts, recipe),
-            facts={"full_heads": count, "bytes": _table(facts, plan, LENGTHS)},
+            facts={} if settings.method == "moa" else {"full_heads": count, "bytes": _table(facts, plan, LENGTHS)},
         )
 
     def run(self, job: Job) -> None:

@@ -24,6 +24,8 @@ from compress.kv.packed import PackedFormat, PackedPart
 from compress.kv.rotation import Rotation
 from compress.model import ModelView
 from compress.plan import KVBits, Packing
+from compress.share.echo import Led
+from compress.share.view import SharedView
 from compress.tap import NAME, Seen
 
 CANDIDATES = (
@@ -66,33 +68,50 @@ class Profile:
         self._length = hidden.shape[1]
         self._rotation = Rotation(view.facts.head_dim) if packing.rotate else None
         cos, sin = view.position_embeddings(self._length)
+        self._led: dict[int, list[Led]] = {}  # of all windows, what layers take from a layer
         self._positions = (cos.to(device), sin.to(device))
 
     @torch.no_grad()
-    def layer(self, index: int, candidates: Sequence[KVBits]) -> list[float]:
-        """Run a layer over all windows; returns the error of each way of packing it, none for no candidates."""
+    def layer(self, index: int, candidates: Sequence[KVBits], heads: Sequence[int] | None = None) -> list[float]:
+        """Run a layer over all windows.
+
+        Args:
+            index: of the layer.
+            candidates: ways of packing it.
+            heads: the KV heads that are packed; None for all.
+
+        Returns:
+            The error of each candidate, over the query heads of these KV heads; 0 where there are none.
+        """
         view = self.view
         layer = view.build_layer(index, view.layer_weights(index)).to(self.device)
         layer.get_submodule(view.family.attention).config._attn_implementation = NAME  # type: ignore[union-attr]
-        mask = view.attention_mask(index, self._length)
+        mask, share = view.attention_mask(index, self._length), view.facts.shares.get(index)
         wrong, whole = [0.0] * len(candidates), 0.0
 
         def compare(seen: Seen) -> Tensor:
             nonlocal whole
             first = prompt_tokens(self._length)
             output = seen.attend()
-            wanted = output.transpose(1, 2)[:, :, first:]
+            own_heads = list(range(seen.key.shape[1]) if heads is None else heads)
+            if not own_heads:
+                return output
+            query, wanted = (_grouped(x, seen.key.shape[1], own_heads) for x in (seen.query, output.transpose(1, 2)))
+            key, value = seen.key[:, own_heads], seen.value[:, own_heads]
+            wanted = wanted[:, :, first:]
             whole += float(wanted.double().square().sum())
             for number, bits in enumerate(candidates):
                 own = PackedPart(PackedFormat(self.packing, bits, index, self._rotation))
                 packed = PlanLayer(index, [Cluster(None, own)])
                 for part in (slice(0, first), slice(first, None)):
-                    packed.update(seen.key[:, :, part], seen.value[:, :, part])
-                    found = packed.attend(seen.query[:, :, part], None, seen.scaling)
+                    packed.update(key[:, :, part], value[:, :, part])
+                    found = packed.attend(query[:, :, part], None, seen.scaling)
                 wrong[number] += float((found - wanted).double().square().sum())
             return output
 
         for window in range(len(self.hidden)):
+            if share is not None and isinstance(view, SharedView):
+                view.echo.put(share.source, self._led[share.source][window])
             output = layer(
                 self.hidden[window].unsqueeze(0).to(self.device),
                 attention_mask=None if mask is None else mask.to(self.device),
@@ -100,7 +119,14 @@ class Profile:
                 tap=compare if candidates else None,
             )
             self.hidden[window] = output[0]
+            if isinstance(view, SharedView) and index in view.facts.sharing and share is None:
+                self._led.setdefault(index, []).append(view.echo.of(index))
         return [error / max(whole, 1e-30) for error in wrong]
+
+
+def _grouped(states: Tensor, kv_heads: int, chosen: list[int]) -> Tensor:
+    """The query heads ``[batch, heads, ...]`` of some KV heads."""
+    return states.unflatten(1, (kv_heads, -1))[:, chosen].flatten(1, 2)
 
 
 def prompt_tokens(length: int) -> int:

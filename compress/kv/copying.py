@@ -10,9 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from compress.artifact.packed_checkpoint import stored_view
 from compress.fingerprint import sliding_layers
 from compress.heads.copies import Copies
 from compress.heads.rows import by_kv_head
+from compress.job import Job
 from compress.model import ModelView
 from compress.tap import NAME, Seen
 
@@ -66,6 +68,30 @@ def copying_scores(view: ModelView, device: torch.device, seed: int = 0) -> Tens
             tap=look,
         )
     return by_kv_head(found, view.facts.config.num_key_value_heads)
+
+
+def copying_heads(job: Job, stage: str, places: list[Place], share: float) -> list[Place]:
+    """Those of some KV heads that copy most; what an earlier attempt at a run has found is kept.
+
+    Args:
+        job: the run.
+        stage: whose state keeps them.
+        places: the heads among which to choose.
+        share: of these, rounded up.
+    """
+    state, count = job.folder.stage(stage), how_many(share, len(places))
+    if not count:
+        return []
+    if "copying" not in state:
+        view = job.view if job.result is None else stored_view(job.view, job.result)
+        scores = copying_scores(view, job.device, job.report["seed"])
+        others = torch.ones_like(scores, dtype=torch.bool)
+        for place in places:
+            others[place] = False
+        found = best(scores.masked_fill(others, -1.0), count, sorted({layer for layer, _ in places}))
+        state["copying"] = [list(place) for place in found]
+        job.folder.save()
+    return [(layer, head) for layer, head in state["copying"]]
 
 
 def best(scores: Tensor, count: int, layers: list[int]) -> list[Place]:

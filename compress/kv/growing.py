@@ -45,6 +45,10 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self._shown = keys.narrow(2, 0, held + new), values.narrow(2, 0, held + new)
         return self._shown
 
+    def get_seq_length(self) -> int:
+        """Tokens that are held; keys may have no width, in a layer that takes its probabilities from another one."""
+        return self.values.shape[-2] if self.is_initialized and self.values.numel() else 0
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences in another order, as beam search does."""
         self.rearrange(lambda states: states.index_select(0, beam_idx.to(states.device)))

@@ -1,7 +1,7 @@
 """One layer of a cache that an attention plan describes, as transformers sees it.
 
 ``update`` can only take keys and values in, because it isn't shown the queries; so it returns a handle, and the
-attention function (``compress.runtime.attention``) asks the layer behind it to attend. The layer deals with what
+attention function (``compress.kv.attention``) asks the layer behind it to attend. The layer deals with what
 transformers sends: columns and padding, further chunks, crops, beams. Keys and values themselves are in its parts, one
 for each group of KV heads that are kept alike (``part.py``). Where no head is packed they stay together, and the
 model's own attention is used, until the text is so long that a head drops a token.
@@ -9,6 +9,7 @@ model's own attention is used, until the text is so long that a head drops a tok
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ class Cluster:
     heads: tuple[int, ...] | None
     part: Part
 
+    @cached_property
+    def run(self) -> tuple[int, int] | None:
+        """The first head and how many there are, where they lie side by side."""
+        assert self.heads is not None
+        first, count = self.heads[0], len(self.heads)
+        return (first, count) if self.heads == tuple(range(first, first + count)) else None
+
 
 class PlanLayer(CacheLayerMixin):
     """The cache of one layer; see the module's text.
@@ -91,10 +99,15 @@ class PlanLayer(CacheLayerMixin):
                 "the same shape"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._batch, heads = key_states.shape[:2]
-        for cluster in self.clusters:
-            cluster.part.begin(_of(cluster, key_states, heads))
+        self._batch = len(key_states)
+        if self._whole is None:
+            self._begin(key_states)
         self.is_initialized = True
+
+    def _begin(self, key_states: Tensor) -> None:
+        """Let the parts take type, device and shape; not before they are needed, which short texts never do."""
+        for cluster in self.clusters:
+            cluster.part.begin(_of(cluster, key_states, key_states.shape[1]))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take in [batch, KV heads, new, head_dim]; returns a handle twice, or all that is held while it is whole."""
@@ -237,6 +250,8 @@ class PlanLayer(CacheLayerMixin):
             raise RuntimeError(f"layer {self.index}: attention was called without new keys and values")
         staged, self._staged = self._staged, None
         self._thaw()
+        if self._whole is not None:
+            self._begin(staged[0])
         return staged
 
     def _drops(self, length: int) -> bool:
@@ -320,10 +335,11 @@ class PlanLayer(CacheLayerMixin):
     def _change_batch(self, change: Change) -> None:
         if not self.is_initialized:
             return
-        if self._whole is not None and self._columns:
+        if self._whole is None:
+            for cluster in self.clusters:
+                cluster.part.change(change)
+        elif self._columns:
             self._whole.rearrange(change)
-        for cluster in self.clusters:
-            cluster.part.change(change)
         if self._valid is not None:
             self._valid = change(self._valid)
         self._batch = len(change(torch.empty(self._batch)))
@@ -339,7 +355,7 @@ class PlanLayer(CacheLayerMixin):
 
 def plain_bytes(layer: DynamicLayer) -> KVBytes:
     """Bytes of a layer whose keys and values are tensors: all of them are payload, and some have spare room."""
-    if not isinstance(layer.keys, Tensor) or layer.keys.numel() == 0:
+    if not isinstance(layer.values, Tensor) or layer.values.numel() == 0:
         return KVBytes(0, 0, 0)
     held = layer.keys.nbytes + layer.values.nbytes
     rooms = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (layer.keys, layer.values)}
@@ -350,9 +366,10 @@ def _of(cluster: Cluster, states: Tensor, kv_heads: int) -> Tensor:
     """The cluster's heads of [batch, heads, ...], of query heads too; a view where they lie side by side."""
     if cluster.heads is None:
         return states
-    group, first = states.shape[1] // kv_heads, cluster.heads[0]
-    if cluster.heads == tuple(range(first, first + len(cluster.heads))):
-        return states[:, first * group : (first + len(cluster.heads)) * group]
+    group = states.shape[1] // kv_heads
+    if cluster.run is not None:
+        first, count = cluster.run
+        return states.narrow(1, first * group, count * group)
     grouped = states.unflatten(1, (kv_heads, group))
     return grouped[:, list(cluster.heads)].flatten(1, 2)
 
@@ -360,6 +377,9 @@ def _of(cluster: Cluster, states: Tensor, kv_heads: int) -> Tensor:
 def _put(cluster: Cluster, whole: Tensor, found: Tensor, group: int) -> None:
     """Write the output of a cluster, [batch, its query heads, ...], into its heads' places."""
     assert cluster.heads is not None
+    if cluster.run is not None:  # a slice is copied, where numbers would be looked up
+        whole.narrow(1, cluster.run[0] * group, cluster.run[1] * group).copy_(found)
+        return
     grouped = whole.unflatten(1, (-1, group))
     grouped[:, list(cluster.heads)] = found.unflatten(1, (-1, group))
 

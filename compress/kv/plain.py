@@ -4,9 +4,11 @@ A head with a window keeps ``sink`` first tokens in slots of their own and the n
 behind them, where a new token takes the oldest one's slot. Keys carry their absolute positions. An elastic head's ring
 grows with the text, ``span(N) = a + b N``, and no token is needed back: what a longer text doesn't see any more was
 let go, and where the span grows the ring waits until it is full again. A strided head (arXiv 2407.17678) keeps blocks
-at a fixed distance of what leaves the ring.
+at a fixed distance of what leaves the ring, before its sinks, the newest first: what is held is one stretch of slots,
+however many of each there are, and heads of any kind attend in one call.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +24,7 @@ from compress.kv.bytes import KVBytes
 from compress.kv.masked import masked_attention
 from compress.kv.part import Call
 from compress.kv.reader import Reader
-from compress.kv.room import Room
+from compress.kv.room import STEP, Room
 from compress.kv.window import Tokens
 from compress.plan import BLOCK, Stride, Window
 
@@ -47,6 +49,15 @@ class Reach:
         """Newest tokens that are seen at a length; None for all."""
         return None if self.window.full else max(1, self.window.span(self.length or length))
 
+    @property
+    def whole(self) -> float:
+        """Up to how many tokens it is certain that all are seen."""
+        if self.window.full:
+            return math.inf
+        window = self.window
+        grows = self.length is None and window.b < 1 and window.max is None
+        return max(self.sink + (self.span(0) or 0), (self.sink + window.a) / (1 - window.b) if grows else 0)
+
     def drops(self, length: int) -> bool:
         """Whether some of so many tokens aren't seen."""
         span = self.span(length)
@@ -66,10 +77,13 @@ class PlainPart:
         reach: what its heads see.
     """
 
+    joins = True  # one call can attend for its heads and others
+
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         self.reader = Reader()
         self.ring = reach.span(0)
+        self._whole = reach.whole  # asked for every token
         self.counts = self.base = torch.zeros(0, dtype=torch.int64)
         self._even: tuple[int, int] | None = None  # counts and base where all sequences have the same
 
@@ -79,20 +93,15 @@ class PlainPart:
 
     def begin(self, key: Tensor) -> None:
         """See :class:`compress.kv.part.Part`."""
-        self.near, self.far = Room(key), Room(key)
+        self.near, self.front = Room(key), 0  # slots before the sinks
         self.counts = torch.zeros(len(key), dtype=torch.int64)  # tokens that came
         self.base = torch.full_like(self.counts, self.reach.sink)  # token in the ring's first slot, at its first turn
         self.far_counts = torch.zeros_like(self.counts)
         self.far_places = torch.zeros(len(key), 0, dtype=torch.int64)
 
-    @property
-    def joins(self) -> bool:
-        """Whether one call can attend for its heads and others: all that they see is near."""
-        return self.reach.stride is None
-
     def drops(self, length: int) -> bool:
         """Whether its heads don't see all of so many tokens."""
-        return self.reach.drops(length)
+        return length > self._whole and self.reach.drops(length)
 
     @property
     def croppable(self) -> bool:
@@ -106,7 +115,7 @@ class PlainPart:
         return out.to(new.values.dtype)
 
     def cluster(self, heads: tuple[int, ...]) -> Cluster:
-        """What is near, for :func:`compress.kernels.ragged_decode.ragged_decode`; ``heads`` are the layer's."""
+        """For :func:`compress.kernels.ragged_decode.ragged_decode`; ``heads`` are the layer's."""
         room = self.near
         return Cluster(room.keys, room.values, heads, room.bounds, room.keys.shape[2])
 
@@ -142,25 +151,24 @@ class PlainPart:
     def crop(self, removed: Tensor) -> None:
         """See :class:`compress.kv.part.Part`."""
         self.counts = self.counts - removed
-        self.near.end_at(self.counts.tolist())
+        self.near.end_at((self.front + self.counts).tolist())
         self._look()
 
     def change(self, change: Change) -> None:
         """See :class:`compress.kv.part.Part`."""
-        for room in (self.near, self.far):
-            room.change(change)
+        self.near.change(change)
         for name in ("counts", "base", "far_counts", "far_places"):
             setattr(self, name, change(getattr(self, name)))
         self._look()
 
     def nbytes(self) -> KVBytes:
         """See :class:`compress.kv.part.Part`."""
-        payload = self.near.payload() + self.far.payload()
-        own = (self.near, self.far, self.counts, self.base, self.far_counts, self.far_places)
+        payload = self.near.payload()
+        own = (self.near, self.counts, self.base, self.far_counts, self.far_places)
         return KVBytes(payload, payload, allocated(own).nbytes)
 
     def _segments(self) -> list[Segment]:
-        return [self.near.segment()] + ([self.far.segment()] if self.far.keys.shape[2] else [])
+        return [self.near.segment()]
 
     def _turned(self) -> Tensor:
         """Which sequences have dropped tokens, [batch]."""
@@ -181,6 +189,7 @@ class PlainPart:
             if self.reach.stride is not None:
                 self._move_on()
             slots = torch.where(place < sink, place, sink + (place - self.base).clamp(min=0) % max(self.ring, 1))
+        slots = self.front + slots
         self._reserve(int(slots.max()) + 1)
         self.near.write(slots.tolist(), new.keys, new.values)
         self.counts = place + 1
@@ -201,50 +210,57 @@ class PlainPart:
         self.counts.add_(1)
 
     def _reserve(self, slots: int) -> None:
-        if self.near.reserve(slots, None if self.ring is None else self.reach.sink + self.ring):
+        if self.near.reserve(slots, None if self.ring is None else self.front + self.reach.sink + self.ring):
             self.reader.forget()
 
     def _ends(self) -> Tensor:
-        """Filled slots of every sequence."""
+        """One past the last filled slot of every sequence."""
         if self.ring is None:
-            return self.counts
+            return self.front + self.counts
         ring = (self.counts - self.base).clamp(min=0, max=self.ring)
-        return torch.where(self.counts < self.base, self.counts, self.reach.sink + ring)
+        return self.front + torch.where(self.counts < self.base, self.counts, self.reach.sink + ring)
 
     def _widen(self, span: int) -> None:
         """A longer ring, whose first slot has the oldest token."""
         if bool(self._turned().any()):
-            places = self._near_places()
+            places = self._places()
             self._refill(*self._sorted(Tokens(self.near.keys, self.near.values), places), self._oldest())
         self.ring = span
 
     def _move_on(self) -> None:
-        """Put what the next token will take the slot of into the far room, where its block is kept."""
+        """Put what the next token will take the slot of before the sinks, where its block is kept."""
         assert self.ring is not None
         leaves = self.counts - self.ring
         kept = (self.counts - self.base >= self.ring) & self.reach.strided(leaves)
         if not bool(kept.any()):
             return
-        slots = self.reach.sink + (leaves - self.base) % self.ring
-        rows = torch.arange(len(slots), device=self.near.keys.device)
-        places = slots.clamp(min=0).to(rows.device)
-        keys, values = (x[rows, :, places][:, :, None] for x in (self.near.keys, self.near.values))
-        end = int(self.far_counts.max()) + 1
-        if self.far.reserve(end):
+        if int(self.far_counts.max()) == self.front:
+            self.near.grow_in_front(STEP)
+            self.front += STEP
+            self.far_places = torch.nn.functional.pad(self.far_places, (0, self.front - self.far_places.shape[1]))
             self.reader.forget()
-            self.far_places = torch.nn.functional.pad(
-                self.far_places, (0, self.far.keys.shape[2] - self.far_places.shape[1])
-            )
-        self.far.write(
-            self.far_counts.tolist(), keys, values
-        )  # where nothing is kept, a slot that isn't filled is written
+        slots = self.front + self.reach.sink + (leaves - self.base).clamp(min=0) % self.ring
+        rows = torch.arange(len(slots), device=self.near.keys.device)
+        places = slots.to(rows.device)
+        keys, values = (x[rows, :, places][:, :, None] for x in (self.near.keys, self.near.values))
+        # where nothing is kept, a slot that isn't filled is written
+        self.near.write((self.front - 1 - self.far_counts).tolist(), keys, values)
         self.far_places[torch.arange(len(slots)), self.far_counts] = leaves
         self.far_counts = self.far_counts + kept
-        self.far.end_at(self.far_counts.tolist())
+        self.near.begin_at((self.front - self.far_counts).tolist())
 
-    def _near_places(self) -> Tensor:
-        """Which token is in every slot of the near room, [batch, slots]; -1 for none."""
-        slots, sink = torch.arange(self.near.keys.shape[2]).expand(len(self.counts), -1), self.reach.sink
+    def _places(self) -> Tensor:
+        """Which token is in every slot, [batch, slots]; -1 for none."""
+        slots = torch.arange(self.near.keys.shape[2] - self.front).expand(len(self.counts), -1)
+        if not self.front:
+            return self._near_places(slots)
+        far = torch.arange(self.front)
+        before = torch.where(far < self.far_counts[:, None], self.far_places[:, : self.front], -1)
+        return torch.cat([before.flip(1), self._near_places(slots)], 1)
+
+    def _near_places(self, slots: Tensor) -> Tensor:
+        """Which token is in each of these slots, [batch, slots], from the sinks on."""
+        sink = self.reach.sink
         counts, base = self.counts[:, None], self.base[:, None]
         if self.ring is None:
             return torch.where(slots < counts, slots, -1)
@@ -260,11 +276,7 @@ class PlainPart:
         if call.alone:
             return new, arrived
         held = Tokens.joined(Tokens(self.near.keys, self.near.values), new)
-        places = torch.cat([self._near_places(), arrived], 1)
-        if self.far_places.shape[1]:
-            held = Tokens.joined(Tokens(self.far.keys, self.far.values), held)
-            there = torch.arange(self.far_places.shape[1]) < self.far_counts[:, None]
-            places = torch.cat([torch.where(there, self.far_places, -1), places], 1)
+        places = torch.cat([self._places(), arrived], 1)
         return self._sorted(held, places, len(new))
 
     @staticmethod
@@ -286,11 +298,9 @@ class PlainPart:
         oldest = None if span is None else torch.maximum(self._oldest(), counts - span)
         self.counts, self.ring = counts, span
         self._refill(held, places, oldest)
-        if self.reach.stride is not None and oldest is not None:
-            self._refill_far(held, places)
 
     def _refill(self, held: Tokens, places: Tensor, oldest: Tensor | None) -> None:
-        """The near room from tokens in the order of their places: sinks and what follows ``oldest``; None: all."""
+        """The room from tokens in the order of their places: sinks and what follows ``oldest``; None: all."""
         total, absent = places.shape[1], (places < 0).sum(1)
         if oldest is None:
             ends = self.counts
@@ -301,7 +311,12 @@ class PlainPart:
             ends = sinks[:, 0] + (self.counts - oldest).clamp(min=0)
             slots = torch.arange(int(ends.max()))
             order = torch.where(slots < sinks, slots + absent[:, None], total - ends[:, None] + slots)
+            if self.reach.stride is not None:
+                far = self._kept_far(places)
+                order, ends = torch.cat([far.flip(1), order], 1), ends + self.front
         self.near.fill(*_both(held, order.clamp(max=total - 1)), ends.tolist())
+        if self.reach.stride is not None:
+            self.near.begin_at((self.front - self.far_counts).tolist())
         self._look()
 
     def _look(self) -> None:
@@ -310,13 +325,14 @@ class PlainPart:
         pairs = set(zip(self.counts.tolist(), self.base.tolist(), strict=True))
         self._even = next(iter(pairs)) if len(pairs) == 1 and self.reach.stride is None else None
 
-    def _refill_far(self, held: Tokens, places: Tensor) -> None:
+    def _kept_far(self, places: Tensor) -> Tensor:
+        """Which of these tokens are kept by the stride, in their order, [batch, most of a sequence]."""
         kept = (places >= self.reach.sink) & (places < self.base[:, None]) & self.reach.strided(places)
         self.far_counts = kept.sum(1)
-        most = int(self.far_counts.max())
-        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-        self.far.fill(*_both(held, order), self.far_counts.tolist())
+        self.front = int(self.far_counts.max())
+        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : self.front]
         self.far_places = places.gather(1, order)
+        return order
 
     def _seen(self, rows: Tensor, places: Tensor, span: int) -> Tensor:
         """What rows at some places see of tokens at others, [batch, rows, tokens] bool."""

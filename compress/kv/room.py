@@ -15,7 +15,7 @@ class Room:
     Attributes:
         keys: [batch, KV heads, slots, head_dim].
         values: alike.
-        bounds: [batch, KV heads, 2] int32, first filled slot, always 0, and one past the last.
+        bounds: [batch, KV heads, 2] int32, first filled slot, and one past the last.
     """
 
     def __init__(self, key: Tensor) -> None:
@@ -37,6 +37,13 @@ class Room:
             setattr(self, name, room)
         return True
 
+    def grow_in_front(self, slots: int) -> None:
+        """Put so many empty slots before the others."""
+        for name in ("keys", "values"):
+            former: Tensor = getattr(self, name)
+            setattr(self, name, torch.nn.functional.pad(former, (0, 0, slots, 0)))
+        self.bounds += slots
+
     def write(self, slots: list[int], keys: Tensor, values: Tensor) -> None:
         """Put one token of every sequence, [batch, KV heads, 1, head_dim], into its slot; one slot is for all."""
         if slots.count(slots[0]) == len(slots):
@@ -55,9 +62,13 @@ class Room:
     def end_at(self, ends: list[int]) -> None:
         """Filled slots of every sequence; one number is for all."""
         if ends.count(ends[0]) == len(ends):
-            self.bounds[..., 1] = ends[0]
+            self.bounds.select(2, 1).fill_(ends[0])
         else:
             self.bounds[..., 1] = torch.tensor(ends, device=self.bounds.device)[:, None]
+
+    def begin_at(self, first: list[int]) -> None:
+        """First filled slot of every sequence."""
+        self.bounds[..., 0] = torch.tensor(first, device=self.bounds.device)[:, None]
 
     def segment(self) -> Segment:
         """For :func:`compress.kernels.segment_attention.segment_attention`."""
@@ -71,5 +82,5 @@ class Room:
 
     def payload(self) -> int:
         """Bytes of the filled slots."""
-        tokens = int(self.bounds[..., 1].sum())
+        tokens = int((self.bounds[..., 1] - self.bounds[..., 0]).sum())
         return 2 * tokens * self.keys.shape[3] * self.keys.element_size()

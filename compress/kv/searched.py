@@ -5,10 +5,12 @@ one token after the other is written, the keys and values of its list lie togeth
 search finds another list, and the window grows until then, so that no token is out of sight meanwhile.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from compress.kernels.block_attention import block_attention
+from compress.kernels.block_attention import BlockList, block_attention
 from compress.kernels.segment_attention import Segment
 from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
@@ -19,25 +21,40 @@ from compress.plan import Window
 from compress.sparse.finder import Finder, Found
 
 
+@dataclass
+class Lists:
+    """What a layer has found, for the layers that take its lists.
+
+    Attributes:
+        rows: of the prompt at hand, by sequence.
+        token: of the newest token.
+    """
+
+    rows: list[BlockList] = field(default_factory=list)
+    token: Found | None = None
+
+
 class SearchedPart(PlainPart):
     """See the module's text, and :class:`compress.kv.part.Part`.
 
     Args:
         finder: the policy.
+        posted: where its lists are left for others.
+        taken: where another's lists are found, which are attended instead of searching.
     """
 
     joins = False
 
-    def __init__(self, finder: Finder) -> None:
+    def __init__(self, finder: Finder, posted: Lists | None = None, taken: Lists | None = None) -> None:
         super().__init__(Reach(0, Window()))
-        self.finder = finder
+        self.finder, self._posted, self._taken = finder, posted, taken
         self._found: Found | None = None
         self._listed: Segment | None = None
         self._sinks = self._window = torch.zeros(0, dtype=torch.int32)  # bounds [batch, heads, 2]
 
     def fresh(self) -> "SearchedPart":
         """See :class:`compress.kv.part.Part`."""
-        return SearchedPart(self.finder)
+        return SearchedPart(self.finder, self._posted, self._taken)
 
     def drops(self, length: int) -> bool:
         """Whether its heads don't attend all of so many tokens."""
@@ -48,6 +65,8 @@ class SearchedPart(PlainPart):
         held, places = self._joined(new, call)
         if len(held) <= self.finder.gate:
             return super().chunk(query, new, call)
+        if self._posted is not None:
+            self._posted.rows = []
         padding = (places < 0).sum(1).tolist()
         if not any(padding):
             out = self._sparse(query, held.keys, held.values, call.scaling)
@@ -56,13 +75,16 @@ class SearchedPart(PlainPart):
             for b, first in enumerate(padding):
                 rows = slice(max(0, first - len(held) + query.shape[2]), None)
                 own = (query[b : b + 1, :, rows], held.keys[b : b + 1, :, first:], held.values[b : b + 1, :, first:])
-                out[b : b + 1, :, rows] = self._sparse(*own, call.scaling)
+                out[b : b + 1, :, rows] = self._sparse(*own, call.scaling, b)
         self._hold(held, places)
         return out
 
-    def _sparse(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """The last rows of a text, [batch, heads, rows, head_dim]."""
-        return block_attention(query, keys, values, self.finder.prompt(query, keys), scaling)[0]
+    def _sparse(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, sequence: int = 0) -> Tensor:
+        """The last rows of a text, [batch, heads, rows, head_dim]; ``sequence`` is its number where it comes alone."""
+        blocks = self.finder.prompt(query, keys) if self._taken is None else self._taken.rows[sequence]
+        if self._posted is not None:
+            self._posted.rows.append(blocks)
+        return block_attention(query, keys, values, blocks, scaling)[0]
 
     def step(self, query: Tensor, new: Tokens, scaling: float) -> Tensor:
         """See :class:`compress.kv.part.Part`."""
@@ -71,12 +93,21 @@ class SearchedPart(PlainPart):
             return super().step(query, new, scaling)
         self.append(new)
         counts = self.counts.to(self.near.keys.device)
-        self._found = found = self.finder.token(query, self.near.keys, counts, self._found)
+        self._found = found = self._search(query, counts)
         if found.fresh or self._listed is None:
             self._gather(found)
         self._window[..., 1] = counts[:, None]
         out, _ = self.reader.read(query, self._pieces, scaling)
         return out.to(new.values.dtype)
+
+    def _search(self, query: Tensor, counts: Tensor) -> Found:
+        """The list of a new token."""
+        if self._taken is not None and self._taken.token is not None:
+            return self._taken.token
+        found = self.finder.token(query, self.near.keys, counts, self._found)
+        if self._posted is not None:
+            self._posted.token = found
+        return found
 
     def change(self, change: Change) -> None:
         """See :class:`compress.kv.part.Part`."""

@@ -17,7 +17,7 @@ from compress.calibrate.stream import ActivationFile
 from compress.events import LayerDone, LayerStarted, Message, StageDone, StageStarted
 from compress.job import Estimate, Job
 from compress.kv.budget import CANDIDATES, WINDOWS, Choice, Profile, choose, prompt_tokens
-from compress.kv.copying import Place, anywhere, best, copying_scores, how_many
+from compress.kv.copying import Place, anywhere, copying_heads, how_many
 from compress.kv.settings import bits_of, copying_bits, packing_of
 from compress.model import ModelFacts
 from compress.plan import AttentionPlan, KVBits, Source
@@ -92,7 +92,11 @@ class KVStage:
 
 
 def packed_layers(facts: ModelFacts) -> list[int]:
-    """The layers that attend to everything; those with a sliding window stay in 16 bits."""
+    """The layers that attend to everything; those with a sliding window and those that share stay in 16 bits."""
+    return [layer for layer in _growing(facts) if layer not in facts.sharing]
+
+
+def _growing(facts: ModelFacts) -> list[int]:
     return [layer for layer in range(facts.num_layers) if facts.window(layer) is None]
 
 
@@ -111,7 +115,7 @@ def _check_budget(facts: ModelFacts, recipe: Recipe, settings: KV) -> None:
     dense = _dense_bytes(facts, settings.budget_tokens)
     smallest = _plan(facts, recipe, dict.fromkeys(packed_layers(facts), CANDIDATES[0]))
     most = dense / predict_bytes(smallest, facts.config, settings.budget_tokens).allocated
-    if settings.budget > most:
+    if settings.budget > most and recipe.heads is None:  # streaming heads save more, how much is known later
         raise InputError(
             "kv.budget",
             settings.budget,
@@ -129,9 +133,14 @@ def _chosen(job: Job, settings: KV, copying: Sequence[Place]) -> Choice:
         job.folder.save()
     facts = job.view.facts
     assert settings.budget is not None
-    sizes, apart = _candidate_bytes(facts, job.recipe, copying)
-    limit = int(_dense_bytes(facts, settings.budget_tokens) / settings.budget) - apart
-    return choose(state["errors"], sizes, limit)
+    sizes, apart = _candidate_bytes(facts, job.recipe, copying, job.plan)
+    dense = _dense_bytes(facts, settings.budget_tokens)
+    limit = int(dense / settings.budget) - apart
+    if (least := sum(map(min, sizes))) > limit:  # known only now that heads are chosen, which may have taken hours
+        told = f"kv.budget={settings.budget:g} can't be met beside what some heads keep at 16 bits"
+        nearest = f"{dense / (least + apart):.2f} times smaller at {settings.budget_tokens:,} tokens"
+        job.emit(Message(f"{told}: the nearest is taken, {nearest}", "warning"))
+    return choose(state["errors"], sizes, max(limit, least))
 
 
 def _errors(job: Job, settings: KV) -> list[list[float]]:
@@ -151,7 +160,7 @@ def _errors(job: Job, settings: KV) -> list[list[float]]:
     for index in range(view.num_layers):
         job.emit(LayerStarted(index, view.num_layers))
         started = time.perf_counter()
-        found = profile.layer(index, CANDIDATES if index in packed else ())
+        found = profile.layer(index, CANDIDATES if index in packed else (), _keeping(view.facts, job.plan, index))
         errors += [found] if found else []
         job.emit(LayerDone(index, view.num_layers, time.perf_counter() - started))
     path.unlink()
@@ -182,23 +191,22 @@ def _plan(
     return writer.finish()
 
 
+def _keeping(facts: ModelFacts, plan: AttentionPlan | None, layer: int) -> tuple[int, ...]:
+    """The KV heads of a layer that drop no tokens, and are packed."""
+    held = (plan or AttentionPlan.empty(facts.config)).layers[layer].heads
+    return tuple(number for number, head in enumerate(held) if head.window.full and head.stride is None)
+
+
 def _copying_count(facts: ModelFacts, settings: KV) -> int:
-    """How many KV heads' tokens are all salient."""
+    """How many KV heads' tokens are all salient, where all are packed."""
     return how_many(settings.copying_heads, facts.config.num_key_value_heads * len(packed_layers(facts)))
 
 
 def _copying(job: Job, settings: KV) -> list[Place]:
     """These heads; what is known already is kept."""
-    facts, state = job.view.facts, job.folder.stage("kv")
-    count = _copying_count(facts, settings)
-    if not count:
-        return []
-    if "copying" not in state:
-        view = job.view if job.result is None else stored_view(job.view, job.result)
-        scores = copying_scores(view, job.device, job.report["seed"])
-        state["copying"] = [list(place) for place in best(scores, count, packed_layers(facts))]
-        job.folder.save()
-    return [(layer, head) for layer, head in state["copying"]]
+    facts = job.view.facts
+    keeping = [(layer, head) for layer in packed_layers(facts) for head in _keeping(facts, job.plan, layer)]
+    return copying_heads(job, "kv", keeping, settings.copying_heads)
 
 
 def _seed(recipe: Recipe) -> int:
@@ -219,15 +227,17 @@ def _sizes(facts: ModelFacts, plan: AttentionPlan, length: int) -> dict[str, int
 def _dense_bytes(facts: ModelFacts, length: int) -> int:
     """Of a 16-bit cache of one sequence, in which sliding layers hold no more than their window."""
     each = 4 * facts.config.num_key_value_heads * facts.head_dim
-    return each * length * len(packed_layers(facts)) + _apart(facts, length)
+    return each * length * len(_growing(facts)) + _apart(facts, length)
 
 
-def _candidate_bytes(facts: ModelFacts, recipe: Recipe, copying: Sequence[Place]) -> tuple[list[list[int]], int]:
+def _candidate_bytes(
+    facts: ModelFacts, recipe: Recipe, copying: Sequence[Place], start: AttentionPlan | None
+) -> tuple[list[list[int]], int]:
     """Bytes of each packed layer in each of the ways that may be chosen, and of all that no choice changes."""
     layers, length = packed_layers(facts), _present(recipe).budget_tokens
     columns, apart = [], 0
     for bits in CANDIDATES:
-        plan = _plan(facts, recipe, dict.fromkeys(layers, bits), copying=copying)
+        plan = _plan(facts, recipe, dict.fromkeys(layers, bits), start, copying=copying)
         found = layer_bytes(plan, facts.config, length)
         columns.append([found[layer].allocated for layer in layers])
         apart = predict_bytes(plan, facts.config, length).allocated - sum(columns[-1])
@@ -264,13 +274,10 @@ def _report(
     """The report's section ``kv``."""
     lengths = sorted({*LENGTHS, settings.budget_tokens} if choice is not None else LENGTHS)
     sizes = {str(length): _sizes(facts, plan, length) for length in lengths}
-    at = sizes["4096"]
-    ratio, each = at["dense"] / at["allocated"], at["allocated"] / 4096
     errors = [None] * len(bits) if choice is None else list(choice.errors)
     return {
         "method": settings.method,
-        "summary": f"{settings.method}, {each:.0f} bytes a token, {ratio:.2f} times smaller than at 16 bits at 4,096 "
-        "tokens",
+        "summary": _summary(settings.method, sizes),
         "bytes": sizes,
         "layers": [
             {
@@ -284,3 +291,15 @@ def _report(
         ],
         "unpacked": [layer for layer in range(facts.num_layers) if layer not in bits],
     }
+
+
+def recounted(section: dict[str, Any], facts: ModelFacts, plan: AttentionPlan) -> dict[str, Any]:
+    """A report's section ``kv`` with the bytes of a plan that has changed since."""
+    sizes = {length: _sizes(facts, plan, int(length)) for length in section["bytes"]}
+    return section | {"bytes": sizes, "summary": _summary(section["method"], sizes)}
+
+
+def _summary(method: str, sizes: Mapping[str, Mapping[str, int]]) -> str:
+    at = sizes["4096"]
+    ratio, each = at["dense"] / at["allocated"], at["allocated"] / 4096
+    return f"{method}, {each:.0f} bytes a token, {ratio:.2f} times smaller than at 16 bits at 4,096 tokens"

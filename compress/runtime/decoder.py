@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from compress.families import Family
 from compress.kv.growing import GrowingCache
 from compress.plan import AttentionPlan
-from compress.runtime.fusion import SLIDING, Fusion, Step, fusion_of
+from compress.runtime.fusion import SLIDING, Answer, Fusion, Step, fusion_of
 from compress.runtime.plan_cache import PlanCache
 
 MOST_ROWS = 8  # sequences that answer at once; more are faster as a matrix product
@@ -119,10 +119,10 @@ class FusedDecoder(nn.Module):
             table.view(table.shape[0], -1).expand(batch, -1).contiguous()
             for table in self.rotary_emb(hidden, position_ids=position_ids)
         )
-        name = self.config._attn_implementation
+        answer = Answer((cos, sin), past, masks, self.config._attn_implementation, {})
         flat = hidden.view(batch, -1).clone()  # the layers write into it, and the embedding's output isn't theirs
         for step in steps:
-            flat = step(flat, (cos, sin), past, masks, name)
+            flat = step(flat, answer)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(flat.unsqueeze(1)), past_key_values=past)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -17,10 +17,13 @@ from torch.nn.modules import module as torch_module
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from compress.families import FAMILIES, LINEAR_ROLES, Family
+from compress.families import FAMILIES, Family
 from compress.kernels import native
-from compress.kernels.block import Block, Linear, Prepared, decode_attention, prepared
+from compress.kernels.block import Block, Linear, Prepared, attention_mix, attention_row, decode_attention, prepared
+from compress.kv.attention import NAME
 from compress.runtime.linear import PackedLinear, StoredLinear
+from compress.share.echo import ECHO
+from compress.share.modules import AttentionConsumer, KeyValueConsumer
 
 GATES: Mapping[str, Literal["silu", "gelu_tanh"]] = MappingProxyType(
     {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -28,6 +31,42 @@ GATES: Mapping[str, Literal["silu", "gelu_tanh"]] = MappingProxyType(
 SLIDING = "sliding_attention"
 _HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
 _WANTS_GRADIENT = operator.attrgetter("requires_grad")
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a layer leaves for those that take its attention, or its keys and values.
+
+    Attributes:
+        weights: probabilities [batch, heads, tokens].
+        keys: [batch, KV heads, tokens, head_dim].
+        values: alike.
+        mask: [batch, tokens] bool or float, or None.
+    """
+
+    weights: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The token that is answered, one of each sequence.
+
+    Attributes:
+        rope: cosines and sines [batch, rotary dimensions].
+        past: the cache.
+        masks: by kind, each [batch, 1, 1, tokens] or [batch, tokens], or None.
+        name: of the attention function.
+        left: by layer.
+    """
+
+    rope: tuple[Tensor, Tensor]
+    past: Any
+    masks: dict[str, Tensor | None]
+    name: str
+    left: dict[int, Left]
 
 
 @dataclass(frozen=True)
@@ -46,36 +85,61 @@ class Step:
     kind: str
     window: int | None
 
-    def __call__(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], past: Any, masks: dict[str, Tensor | None], name: str
-    ) -> Tensor:
-        """The next hidden states.
+    def __call__(self, hidden: Tensor, answer: Answer) -> Tensor:
+        """The next hidden states of [batch, hidden]."""
+        return self.block.after(self._attended(hidden, answer).reshape(hidden.shape[0], -1), hidden)
 
-        Args:
-            hidden: [batch, hidden], of one new token of each sequence.
-            rope: cosines and sines [batch, rotary dimensions].
-            past: the cache.
-            masks: by kind, each [batch, 1, 1, tokens] or None.
-            name: of the attention function.
-        """
-        q, k, v = self.block.before(hidden, *rope)
-        keys, values = past.update(k.unsqueeze(2), v.unsqueeze(2), self.attention.layer_idx)
-        mask = masks[self.kind]
-        if name == "sdpa" and _plain(keys, values, mask):
-            rows = None if mask is None else mask[:, 0, 0]
-            mixed = decode_attention(q, keys, values, rows, self.attention.scaling)
-        else:
-            mixed, _ = ALL_ATTENTION_FUNCTIONS[name](
-                self.attention,
-                q.unsqueeze(2),
-                keys,
-                values,
-                mask,
-                dropout=0.0,
-                scaling=self.attention.scaling,
-                sliding_window=self.window,
-            )
-        return self.block.after(mixed.reshape(hidden.shape[0], -1), hidden)
+    def _attended(self, hidden: Tensor, answer: Answer) -> Tensor:
+        q, k, v = self.block.before(hidden, *answer.rope)
+        keys, values = answer.past.update(k.unsqueeze(2), v.unsqueeze(2), self.attention.layer_idx)
+        mask = answer.masks[self.kind]
+        if answer.name in ("sdpa", NAME) and _plain(keys, values, mask):
+            return decode_attention(q, keys, values, _row(mask, keys), self.attention.scaling)
+        mixed, _ = ALL_ATTENTION_FUNCTIONS[answer.name](
+            self.attention,
+            q.unsqueeze(2),
+            keys,
+            values,
+            mask,
+            dropout=0.0,
+            scaling=self.attention.scaling,
+            sliding_window=self.window,
+        )
+        return mixed
+
+
+class OwnerStep(Step):
+    """Of a layer that others take from."""
+
+    def _attended(self, hidden: Tensor, answer: Answer) -> Tensor:
+        q, k, v = self.block.before(hidden, *answer.rope)
+        keys, values = answer.past.update(k.unsqueeze(2), v.unsqueeze(2), self.attention.layer_idx)
+        mask = _row(answer.masks[self.kind], keys)
+        mixed, weights = attention_row(q, keys, values, mask, self.attention.scaling)
+        answer.left[self.attention.layer_idx] = Left(weights, keys, values, mask)
+        return mixed
+
+
+class AttentionConsumerStep(Step):
+    """Of a layer that takes probabilities."""
+
+    def _attended(self, hidden: Tensor, answer: Answer) -> Tensor:
+        values = self.attention.kept(self.block.values(hidden).unsqueeze(2), answer.past)
+        return attention_mix(answer.left[self.attention.source].weights, values, self.attention.head_map)
+
+
+class KeyValueConsumerStep(Step):
+    """Of a layer that takes keys and values."""
+
+    def _attended(self, hidden: Tensor, answer: Answer) -> Tensor:
+        left = answer.left[self.attention.source]
+        q = self.block.queries(hidden, *answer.rope)
+        return decode_attention(q, left.keys, left.values, left.mask, self.attention.scaling)
+
+
+CONSUMER_STEPS: Mapping[type, type[Step]] = MappingProxyType(
+    {AttentionConsumer: AttentionConsumerStep, KeyValueConsumer: KeyValueConsumerStep}
+)
 
 
 @dataclass(frozen=True)
@@ -158,26 +222,32 @@ def _steps(decoder: Any) -> tuple[Step, ...] | None:
 def _step(layer: Any, config: Any, family: Family) -> Step | None:
     """The fused steps of a layer, or None where its parts aren't those that they compute."""
     attention = layer.get_submodule(family.attention)
-    linear = {role: layer.get_submodule(name) for role, name in LINEAR_ROLES.items()}
-    norms = [layer.get_submodule(family.input_norm), layer.get_submodule(family.post_norm)]
-    if family.qk_norm:
-        norms += [attention.q_norm, attention.k_norm]
+    linear = {role: layer.get_submodule(name) for role, name in family.roles.items() if _there(layer, name)}
+    ends = {"attention_norm": family.input_norm, "mlp_norm": family.post_norm}
+    norms = {name: layer.get_submodule(norm) for name, norm in ends.items()}
+    norms |= {name: norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None}
     mlp = layer.get_submodule(family.mlp)
     if (
         config.hidden_act not in GATES
         or type(layer) is not family.load_class("DecoderLayer")
-        or type(attention) is not family.load_class("Attention")
+        or type(attention) not in (family.load_class("Attention"), *CONSUMER_STEPS)
         or type(mlp) is not family.load_class("MLP")
         or type(mlp.act_fn) is not type(ACT2FN[config.hidden_act])
         or any(type(part) not in (PackedLinear, StoredLinear) for part in linear.values())
-        or any(type(norm) is not family.load_class("RMSNorm") or norm.weight.dtype != torch.float32 for norm in norms)
-        or len({norm.variance_epsilon for norm in norms}) != 1
+        or any(type(n) is not family.load_class("RMSNorm") or n.weight.dtype != torch.float32 for n in norms.values())
+        or len({norm.variance_epsilon for norm in norms.values()}) != 1
     ):
         return None
     window = _window(config, family, attention.layer_idx)
     threads = max((part.threads for part in linear.values() if isinstance(part, PackedLinear)), default=1)
     block = prepared(_block(linear, norms, config, attention), threads)
-    return Step(block, attention, "full_attention" if window is None else SLIDING, window)
+    kind = CONSUMER_STEPS.get(type(attention), OwnerStep if hasattr(attention, ECHO) else Step)
+    return kind(block, attention, "full_attention" if window is None else SLIDING, window)
+
+
+def _there(layer: nn.Module, name: str) -> bool:
+    parent, _, own = name.rpartition(".")
+    return hasattr(layer.get_submodule(parent), own)
 
 
 def _window(config: Any, family: Family, layer: int) -> int | None:
@@ -187,21 +257,18 @@ def _window(config: Any, family: Family, layer: int) -> int | None:
     return window
 
 
-def _block(linear: dict[str, Any], norms: list[Any], config: Any, attention: Any) -> Block:
+def _block(linear: dict[str, Any], norms: dict[str, Any], config: Any, attention: Any) -> Block:
     """A layer's own tensors, as the fused steps take them."""
     layers: dict[str, Any] = {
         role: Linear(part.packed if isinstance(part, PackedLinear) else part.weight, part.bias)
         for role, part in linear.items()
     }
     packed = [part for part in linear.values() if isinstance(part, PackedLinear)]
-    gains: list[Any] = [norm.weight for norm in norms]
+    gains: dict[str, Any] = {name: norm.weight for name, norm in norms.items()}
+    missing: dict[str, Any] = dict.fromkeys(("q", "k", "v", "q_norm", "k_norm"))
     return Block(
-        **layers,
-        attention_norm=gains[0],
-        mlp_norm=gains[1],
-        q_norm=gains[2] if gains[2:] else None,
-        k_norm=gains[3] if gains[2:] else None,
-        epsilon=norms[0].variance_epsilon,
+        **missing | layers | gains,
+        epsilon=norms["mlp_norm"].variance_epsilon,
         head_dim=attention.head_dim,
         rotary_dim=attention.head_dim,
         act=GATES[config.hidden_act],
@@ -217,5 +284,16 @@ def _plain(keys: Any, values: Any, mask: Any) -> bool:
         return False
     if mask is None:
         return True
-    shape = (keys.shape[0], 1, 1, keys.shape[2])
-    return mask.dtype in (torch.bool, torch.float32) and mask.shape == shape and mask.stride(-1) == 1
+    batch, tokens = keys.shape[0], keys.shape[2]
+    return (
+        mask.dtype in (torch.bool, torch.float32)
+        and mask.shape in ((batch, 1, 1, tokens), (batch, tokens))
+        and mask.stride(-1) == 1
+    )
+
+
+def _row(mask: Tensor | None, keys: Tensor) -> Tensor | None:
+    """The mask of one new token of each sequence, [batch, tokens]."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask.expand(len(keys), 1, 1, keys.shape[2])[:, 0, 0]

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.artifact.export import load_artifact, read_report
 from compress.artifact.inspect import changed_files
@@ -23,6 +23,7 @@ from compress.runtime.packed import packed_folder
 from compress.runtime.permute import permute_heads
 from compress.runtime.plan_cache import PlanCache
 from compress.runtime.rotary import without_state
+from compress.share.config import MARK, folder_config
 from compress.source import GGUF_FILE, download, hub_config_folder, hub_weight_bytes, locate
 
 
@@ -120,9 +121,10 @@ def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
         found = Unloaded(context, vocabulary, view.tokenizer(), view.load_dense)
         place = None if view.path.is_file() else view.path
     else:
-        place, config = folder, read_json(folder / "config.json", str(model))
-        context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        place, content = folder, read_json(folder / "config.json", str(model))
+        context, vocabulary = (content.get(key) for key in ("max_position_embeddings", "vocab_size"))
+        known = {"config": folder_config(folder, content)} if MARK in content else {}
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **known)
         found = Unloaded(context, vocabulary, tokenizer, partial(load_artifact, folder), folder)
     if place is None:
         return found
@@ -131,7 +133,8 @@ def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
     plan = read_plan(place)
     if plan is None:
         return found
-    cache = partial(PlanCache, AutoConfig.from_pretrained(str(place), trust_remote_code=False), as_loaded(plan))
+    config = folder_config(place, read_json(place / "config.json", str(model)))
+    cache = partial(PlanCache, config, as_loaded(plan))
     return replace(found, plan=plan, cache=cache)
 
 
@@ -141,13 +144,14 @@ def _check_activations(activations: Activations, device: torch.device) -> None:
 
 
 def _compressed_folder(model: str) -> Path | None:
-    """The folder of a model that is quantized already, fetched from the Hub if it is there; None for any other."""
+    """The folder of a model that is quantized already, or whose layers share; fetched if it is on the Hub. Or None."""
     found = locate(model)
     online = found.kind == "hub" and hub_weight_bytes(model) is not None
     folder = hub_config_folder(model, online) if found.kind == "hub" else found.path
     if folder is None or not (folder / "config.json").is_file():
         return None
     only_gguf = (folder / GGUF_FILE).is_file() and read_report(folder) is not None
-    if "quantization_config" not in read_json(folder / "config.json", model) and not only_gguf:
+    content = read_json(folder / "config.json", model)
+    if "quantization_config" not in content and MARK not in content and not only_gguf:
         return None
     return download(model, online) if found.kind == "hub" else folder

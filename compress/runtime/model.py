@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from compress.families import Family
+from compress.kv.attention import NAME
 from compress.kv.growing import GrowingCache
 from compress.plan import AttentionPlan
-from compress.runtime.attention import NAME
 from compress.runtime.decoder import FusedDecoder, caches
 from compress.runtime.plan_cache import PlanCache
+from compress.share.config import shares_of
+from compress.share.modules import is_shared, share_layers
 
 
 class Caching:
@@ -93,8 +95,10 @@ def answering_class(family: Family) -> type[PreTrainedModel]:
 def follow(model: PreTrainedModel, plan: AttentionPlan) -> None:
     """Let a model that was just loaded attend as a plan says, through the plan's cache where a caller passes none.
 
+    Layers that share, as the plan says, give up what they don't need any more.
+
     Args:
-        model: packed or dense.
+        model: packed or dense; whether its layers share already or not.
         plan: made for this model.
 
     Raises:
@@ -102,6 +106,9 @@ def follow(model: PreTrainedModel, plan: AttentionPlan) -> None:
     """
     plan.check(model.config)
     decoder: Any = model.base_model
+    shares = shares_of(plan)
+    if shares and not is_shared(model):
+        share_layers(model, shares)
     classes: tuple[Any, Any] = type(model), type(decoder)
     model.set_attn_implementation(NAME)
     if not isinstance(model, Caching):

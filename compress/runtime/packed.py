@@ -5,23 +5,28 @@ kernels, the largest first: what repacking needs beside its result is a few time
 near the size of the model itself.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from compress.calibrate.errors import InputError
 from compress.checkpoint import read_json
 from compress.families import FAMILIES, Family, check_config
 from compress.kernels import triton_support
 from compress.memory import release, trim
+from compress.plan import Share
 from compress.runtime.decoder import fused_class
 from compress.runtime.formats import PackedFormat, packed_format
 from compress.runtime.linear import Compute, PackedLinear, StoredEmbedding, StoredLinear, TiedLinear, layout_for
 from compress.runtime.model import answering_class
 from compress.runtime.stored import StoredTensors
+from compress.share.config import folder_config, folder_shares, unmarked
+from compress.share.modules import Consumer, share_layers
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _DERIVED = (".rotary_emb.inv_freq",)  # what old checkpoints store, and the config says
@@ -33,15 +38,19 @@ class PackedFolder:
 
     Attributes:
         folder: with ``config.json`` and safetensors.
+        content: of its ``config.json``.
         family: of its model.
         tensors: what its files hold.
         form: how they are packed.
+        shares: its layers that share attention.
     """
 
     folder: Path
+    content: Mapping[str, Any]
     family: Family
     tensors: StoredTensors
     form: PackedFormat
+    shares: Mapping[int, Share]
 
     def load(self, compute: Compute, device: torch.device) -> PreTrainedModel:
         """The model, in eval mode and without gradients.
@@ -62,6 +71,9 @@ class PackedFolder:
             trim()  # what repacking left behind lies in between what stays, and would add up
         if isinstance(model.get_submodule(self.family.head), nn.Linear):  # tied: nothing of its own is stored
             model.set_submodule(self.family.head, TiedLinear(model.get_submodule(self.family.embed)))
+        for module in model.modules():
+            if isinstance(module, Consumer):
+                module.to(device)  # where its map of heads has to be
         rotary = self.family.load_class("RotaryEmbedding")(model.config)
         model.set_submodule(self.family.rotary, rotary.to(device))
         model.generation_config = self._generation_config(model)
@@ -69,12 +81,13 @@ class PackedFolder:
         return model.eval().requires_grad_(False)
 
     def _on_meta(self, dtype: torch.dtype) -> PreTrainedModel:
-        config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
+        config = folder_config(self.folder, self.content)
         del config.quantization_config
         config.dtype = dtype
         with torch.device("meta"):
             model: PreTrainedModel = answering_class(self.family)(config)
             setattr(model, model.base_model_prefix, fused_class(self.family)(config))
+        share_layers(model, self.shares)
         return model
 
     def _checked(self, model: PreTrainedModel) -> dict[str, int]:
@@ -143,16 +156,17 @@ def packed_folder(folder: Path) -> PackedFolder | None:
         InputError: its config can't be read, or a header of packed weights.
     """
     content = read_json(folder / "config.json", str(folder))
-    block = content.get("quantization_config")
-    family = FAMILIES.get(str(content.get("model_type")))
+    block, plain = content.get("quantization_config"), unmarked(content)
+    family = FAMILIES.get(str(plain.get("model_type")))
     if not isinstance(block, dict) or family is None or not list(folder.glob("*.safetensors")):
         return None
     form = packed_format(block)
     if form is None:
         return None
-    check_config({key: value for key, value in content.items() if key != "quantization_config"}, family, str(folder))
+    check_config({key: value for key, value in plain.items() if key != "quantization_config"}, family, str(folder))
     tensors = StoredTensors(folder)
-    return PackedFolder(folder, family, tensors, form(tensors, block))
+    shares = folder_shares(folder, content)
+    return PackedFolder(folder, content, family, tensors, form(tensors, block), shares)
 
 
 def _check_device(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+from compress.act.part import CalibratedPart
 from compress.calibrate.errors import InputError
 from compress.kv.bytes import KVBytes
 from compress.kv.growing import GrowingLayer
@@ -14,8 +15,9 @@ from compress.kv.packed import PackedFormat, PackedPart
 from compress.kv.part import Part
 from compress.kv.plain import PlainPart, Reach
 from compress.kv.rotation import Rotation
-from compress.kv.searched import SearchedPart
-from compress.plan import FILE, AttentionPlan, Head, Layer, TopK
+from compress.kv.searched import Lists, SearchedPart
+from compress.kv.taken import NothingLayer, ValuesLayer
+from compress.plan import FILE, AttentionPlan, Head, Layer, Share, TopK
 from compress.plan_compile import MOST_CLUSTERS
 from compress.plan_order import PERMUTED, as_loaded
 from compress.sparse.finder import Finder, finder
@@ -28,8 +30,9 @@ class PlanCache(Cache):
     """A cache for ``model.generate(..., past_key_values=PlanCache(model.config, plan))``.
 
     The model must attend through ``compress_plan`` (``model.set_attn_implementation``) if a layer is packed or its
-    heads see different tokens. Layers that aren't in the plan, and those with a sliding window or a recurrence, are
-    transformers' own.
+    heads see different tokens, and have the layers that share in its plan (``compress.share.modules.share_layers``):
+    they keep values only, or nothing. Layers that aren't in the plan, and those with a sliding window or a recurrence,
+    are transformers' own.
 
     With ``materialize`` it may keep the attention function it has (``eager``, ``sdpa``, ...): ``update`` returns all
     tokens unpacked, as tensors. Codes are those that are kept anyhow, and so is attention, to rounding, but for what
@@ -63,6 +66,12 @@ class PlanCache(Cache):
         packed = any(head.kv for layer in plan.layers for head in layer.heads)
         turned = packed and plan.packing is not None and plan.packing.rotate
         self.rotation = Rotation(plan.fingerprint.head_dim) if turned else None
+        self._lists = {
+            (layer.share.source, rule): Lists()
+            for layer in plan.layers
+            if layer.share is not None and layer.share.mode == "mask"
+            for rule in _rules(layer)
+        }
         kinds, arguments = get_layer_types_and_kwargs(decoder)
         layers = [self._layer(index, kind, own) for index, (kind, own) in enumerate(zip(kinds, arguments, strict=True))]
         super().__init__(layers=layers)
@@ -70,7 +79,10 @@ class PlanCache(Cache):
     def _layer(self, index: int, kind: str, arguments: dict[str, Any]) -> Any:
         if kind != FULL:
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
-        rules = _rules(self.plan.layers[index])
+        own = self.plan.layers[index]
+        rules = _rules(own)
+        if own.share is not None and own.share.mode != "mask":
+            return ValuesLayer(index) if own.share.mode == "attn" else NothingLayer(index)
         if list(rules) == [Head()]:
             return GrowingLayer()
         clusters = [
@@ -80,7 +92,11 @@ class PlanCache(Cache):
 
     def _part(self, index: int, rule: Head) -> Part:
         if rule.topk is not None:
-            return SearchedPart(self._finder(rule.topk))
+            share = self.plan.layers[index].share
+            taken = None if share is None else self._lists[share.source, rule]
+            return SearchedPart(self._finder(rule.topk), self._lists.get((index, rule)), taken)
+        if rule.calibration is not None:
+            return CalibratedPart(rule.calibration)
         if rule.kv is None:
             return PlainPart(Reach(rule.sink, rule.window, rule.stride, self.length))
         assert self.plan.packing is not None
@@ -110,10 +126,19 @@ def _rules(layer: Layer) -> dict[Head, tuple[int, ...]]:
 
 
 def _check_dense(index: int, layer: Layer) -> None:
-    """Raise for heads whose attention isn't that of all tokens."""
-    heads = [number for number, head in enumerate(layer.heads) if not head.window.full or head.topk or head.stride]
+    """Raise for heads whose attention isn't that of all tokens, and for layers that share."""
+    if layer.share is not None:
+        problem = f"layer {index} shares with layer {layer.share.source}, which only 'compress_plan' attends"
+        raise InputError(FILE, None, problem, fix="leave materialize out")
+    heads = [
+        number
+        for number, head in enumerate(layer.heads)
+        if not head.window.full or head.topk or head.stride or head.calibration
+    ]
     if heads:
-        does = "searches for far tokens" if layer.heads[heads[0]].topk else "sees a window"
+        first = layer.heads[heads[0]]
+        does = "searches for far tokens" if first.topk else "sees a window"
+        does = "re-weights its sinks" if first.calibration else does
         raise InputError(
             FILE,
             None,
@@ -125,13 +150,16 @@ def _check_dense(index: int, layer: Layer) -> None:
 
 def _check(plan: AttentionPlan, index: int, layer: Layer) -> None:
     """Raise for what this cache doesn't do."""
-    parts = {"share": layer.share is not None}
-    parts["summary"] = any(head.summary != "none" for head in layer.heads)
-    parts["calibration"] = any(head.calibration for head in layer.heads)
-    for part, there in parts.items():
-        if there:
-            problem = f"layer {index}: {part!r}, written by {plan.writers.get(part, 'nobody')}, isn't run by this cache"
-            raise InputError(FILE, None, problem, fix="make the plan without it")
+    if layer.share is not None:
+        _check_share(plan, index, layer.share)
+    if any(head.summary != "none" for head in layer.heads):
+        problem = (
+            f"layer {index}: 'summary', written by {plan.writers.get('summary', 'nobody')}, isn't run by this cache"
+        )
+        raise InputError(FILE, None, problem, fix="make the plan without it")
+    if any(head.calibration and head != Head(calibration=head.calibration) for head in layer.heads):
+        problem = f"layer {index}: a KV head whose attention is calibrated packs, drops or searches for tokens too"
+        raise InputError(FILE, None, problem, allowed="calibrated heads see everything at 16 bits")
     if any(head.kv and not (head.window.full and head.stride is None) for head in layer.heads):
         problem = f"layer {index}: a KV head drops tokens and packs them too"
         raise InputError(FILE, None, problem, allowed="packed heads see everything, heads with a window keep 16 bits")
@@ -146,3 +174,20 @@ def _check(plan: AttentionPlan, index: int, layer: Layer) -> None:
     if len(_rules(layer)) > MOST_CLUSTERS:
         problem = f"layer {index} has {len(_rules(layer))} different rules"
         raise InputError(FILE, None, problem, allowed=f"at most {MOST_CLUSTERS} a layer")
+
+
+def _check_share(plan: AttentionPlan, index: int, share: Share) -> None:
+    """Raise for layers that can't share."""
+    pair = (plan.layers[index], plan.layers[share.source])
+    if index in plan.fingerprint.sliding or share.source in plan.fingerprint.sliding:
+        problem = f"layer {index} shares with layer {share.source}, and one of them has a sliding window"
+        raise InputError(FILE, None, problem, allowed="layers of full attention")
+    if pair[1].share is not None:
+        raise InputError(FILE, None, f"layer {index} shares with layer {share.source}, which shares itself: a chain")
+    if share.mode == "mask":
+        if pair[0].heads != pair[1].heads and any(head.topk for layer in pair for head in layer.heads):
+            problem = f"layer {index} takes the lists of layer {share.source}, and doesn't search as that one does"
+            raise InputError(FILE, None, problem, allowed="layers whose KV heads search alike")
+    elif any(head != Head() for layer in pair for head in layer.heads):
+        problem = f"layers {index} and {share.source} share attention, and one of them packs, searches or drops tokens"
+        raise InputError(FILE, None, problem, allowed="layers that share see everything at 16 bits")

@@ -12,7 +12,7 @@ from compress.schema.fields import Allowed, Section, Share, distinct, numbers
 BLOCK = 64  # tokens that a window is a multiple of, as in compress.plan, which takes torch along
 LEAST_SINK = 4
 
-ScoreName = Literal["influence", "gauss_newton", "echo", "induction", "distant", "retrieval", "mean_qk"]
+ScoreName = Literal["blend", "influence", "gauss_newton", "echo", "induction", "distant", "retrieval", "mean_qk"]
 
 
 def _blocks(value: int) -> int:
@@ -30,12 +30,12 @@ class Heads(Section):
         " every head a window of its own, which may grow with the text (Mixture of Attention Spans).",
     )
     score: ScoreName = Field(
-        default="influence",
-        description="What method score ranks by, and what decides between equal gates of method duo: influence (change"
-        " of the loss where a head becomes a streaming head), gauss_newton (curvature of duo's loss at open gates),"
-        " echo or induction (attention to earlier copies of random tokens, or to what follows them), distant (attention"
-        " beyond sink and recent tokens), retrieval (pass phrases that are copied), mean_qk (what positions alone"
-        " say).",
+        default="blend",
+        description="What method score ranks by, and what decides between equal gates of method duo: blend (mean rank"
+        " by influence and mean_qk), influence (change of the loss where a head becomes a streaming head), gauss_newton"
+        " (curvature of duo's loss at open gates), echo or induction (attention to earlier copies of random tokens, or"
+        " to what follows them), distant (attention beyond sink and recent tokens), retrieval (pass phrases that are"
+        " copied), mean_qk (what positions alone say).",
     )
     retention: Annotated[float, Gt(0), Le(1)] = Field(
         default=0.5,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from compress.schema.fields import Allowed, Section, numbers
+from compress.schema.fields import Allowed, Section, Share, numbers
 
 LEAST_LISTED = 64
 
@@ -29,14 +29,19 @@ class Sparse(Section):
     sink: int = Field(default=128, ge=0, description="First tokens, which are always attended.")
     window: int = Field(default=1024, ge=64, description="Newest tokens, which are always attended.")
     dense_layers: int = Field(default=3, ge=0, description="First layers that attend every token.")
+    copying_heads: Share = Field(
+        default=0.1,
+        description="Share of the KV heads that would search and attend every token instead: those that copy from far"
+        " back, told by what they attend to in random tokens that are repeated.",
+    )
     gate: Annotated[int, Ge(0)] | None = Field(
         default=None,
         description="Tokens up to which attention is dense; null: where searching begins to be faster, as the machine"
         " that runs the model measures it once.",
     )
-    block_q: int = Field(default=64, ge=1, description="Rows of a prompt that share a list.")
+    block_q: int = Field(default=128, ge=1, description="Rows of a prompt that share a list.")
     block_k: Literal[8, 16, 32, 64] = Field(default=8, description="Tokens of a listed block.")
-    pool: int = Field(default=4, ge=1, description="hip: rows of a prompt that are averaged before they score.")
+    pool: int = Field(default=8, ge=1, description="hip: rows of a prompt that are averaged before they score.")
     refresh: Annotated[
         tuple[Annotated[int, Ge(1)], ...],
         BeforeValidator(numbers),

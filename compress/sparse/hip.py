@@ -46,7 +46,7 @@ class Stage:
         return length if self.keep == 0 else min(self.keep, max(LEAST_KEPT, int(self.share * length)))
 
 
-STAGES = (Stage(256, 4, 0, 1.0, 32), Stage(32, 4, 32768, 1 / 4, 16), Stage(8, 4, 8192, 1 / 16, 8))
+STAGES = (Stage(256, 8, 0, 1.0, 32), Stage(32, 8, 32768, 1 / 4, 16), Stage(8, 8, 8192, 1 / 16, 8))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class HipSettings:
     """
 
     k: int = 1024
-    block_q: int = 64
+    block_q: int = 128
     sink: int = 128
     window: int = 1024
     stages: tuple[Stage, ...] = field(default=STAGES)

@@ -5,7 +5,8 @@ and what they cost, so that the report says whether the search finds what the mo
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from compress.evalsuite.sliding import context_of
 from compress.events import Message, StageDone, StageStarted
 from compress.job import Estimate, Job
 from compress.kernels.block_attention import block_attention
+from compress.kv.copying import Place, copying_heads
 from compress.memory import release
 from compress.model import ModelFacts
-from compress.plan import AttentionPlan, Search, Source, TopK
+from compress.plan import AttentionPlan, Layer, Search, Source, TopK
 from compress.plan_writer import PlanWriter
 from compress.recipe import Recipe
 from compress.schema import Sparse
@@ -97,10 +99,11 @@ class SparseStage:
         settings, facts = _present(job.recipe), job.view.facts
         started = time.perf_counter()
         job.emit(StageStarted("sparse"))
-        job.plan = sparse_plan(facts, settings, job.plan)
+        copying = copying_heads(job, self.name, _places(facts, settings, job.plan), settings.copying_heads)
+        job.plan = sparse_plan(facts, settings, job.plan, copying)
         tokens = _measured(facts, settings)
         layers = list(_measurements(job, settings, tokens)) if tokens else []
-        job.report["sparse"] = report = _report(job.plan, settings, tokens, layers)
+        job.report["sparse"] = report = _report(job.plan, settings, copying, tokens, layers)
         job.emit(Message(report["summary"]))
         job.emit(StageDone("sparse", time.perf_counter() - started))
 
@@ -115,16 +118,23 @@ def seen_tokens(settings: Sparse) -> int:
     return settings.sink + settings.window + settings.k
 
 
-def sparse_plan(facts: ModelFacts, settings: Sparse, plan: AttentionPlan | None = None) -> AttentionPlan:
-    """The plan with what the section says; heads that drop tokens are left as they are."""
+def sparse_plan(
+    facts: ModelFacts, settings: Sparse, plan: AttentionPlan | None = None, copying: Collection[Place] = ()
+) -> AttentionPlan:
+    """The plan with what the section says; heads that drop tokens are left as they are, and those that copy."""
     writer = PlanWriter(plan or AttentionPlan.empty(facts.config), Source(settings.method, settings.model_dump()))
     writer.search(search_of(settings))
-    held = (plan or AttentionPlan.empty(facts.config)).layers
-    for layer in searching_layers(facts, settings):
-        for head, rule in enumerate(held[layer].heads):
-            if rule.kind == "full":
-                writer.topk(layer, head, TopK(settings.k, settings.method))
+    for layer, head in _places(facts, settings, plan):
+        if (layer, head) not in copying:
+            writer.topk(layer, head, TopK(settings.k, settings.method))
     return writer.finish()
+
+
+def _places(facts: ModelFacts, settings: Sparse, plan: AttentionPlan | None) -> list[Place]:
+    """The KV heads that could search: those that see everything."""
+    held = (plan or AttentionPlan.empty(facts.config)).layers
+    layers = searching_layers(facts, settings)
+    return [(layer, head) for layer in layers for head, rule in enumerate(held[layer].heads) if rule.kind == "full"]
 
 
 def search_of(settings: Sparse) -> Search:
@@ -142,9 +152,9 @@ def search_of(settings: Sparse) -> Search:
 
 
 def _full(facts: ModelFacts) -> list[int]:
-    """Layers without a sliding window of the model's own."""
-    sliding = set(AttentionPlan.empty(facts.config).fingerprint.sliding)
-    return [layer for layer in range(facts.num_layers) if layer not in sliding]
+    """Layers without a sliding window of the model's own, that share with none."""
+    others = set(AttentionPlan.empty(facts.config).fingerprint.sliding) | facts.sharing
+    return [layer for layer in range(facts.num_layers) if layer not in others]
 
 
 def _present(recipe: Recipe) -> Sparse:
@@ -168,14 +178,16 @@ def _measurements(job: Job, settings: Sparse, tokens: int) -> Iterator[dict[str,
     text, tokenizer = "\n\n".join(open_text(PYDOC).documents), job.view.tokenizer()
     ids = torch.tensor(tokenizer(text[: 16 * tokens], add_special_tokens=False)["input_ids"][:tokens])
     policy = finder(TopK(settings.k, settings.method), search_of(settings), 0)
-    searching, found = set(searching_layers(job.view.facts, settings)), []
+    assert job.plan is not None  # the stage has written it
+    searching = [_searching(layer) for layer in job.plan.layers]
+    found: list[dict[str, float]] = []
 
     def tap(seen: Seen) -> Tensor:
         start = time.process_time()
         out = seen.attend()
         dense = time.process_time() - start
-        if seen.layer in searching:
-            found.append(_layer(seen, policy, seen_tokens(settings)) | {"dense_seconds": dense})
+        if heads := searching[seen.layer]:
+            found.append(_layer(seen, policy, seen_tokens(settings), heads) | {"dense_seconds": dense})
         return out
 
     model.base_model(input_ids=ids[None].to(job.device), tap=tap, use_cache=False)
@@ -184,9 +196,17 @@ def _measurements(job: Job, settings: Sparse, tokens: int) -> Iterator[dict[str,
     yield from found
 
 
-def _layer(seen: Seen, policy: Finder, first: int) -> dict[str, float]:
+def _searching(layer: Layer) -> list[int]:
+    """A layer's KV heads that search."""
+    return [number for number, head in enumerate(layer.heads) if head.topk is not None]
+
+
+def _layer(seen: Seen, policy: Finder, first: int, heads: list[int]) -> dict[str, float]:
     """Of rows from ``first`` on, before which all is attended: the mean share of attention that they see, the share
-    that sinks and window alone have, and the processor's seconds."""
+    that sinks and window alone have, and the processor's seconds, for the KV heads that search."""
+    group = seen.query.shape[1] // seen.key.shape[1]
+    queries = seen.query.unflatten(1, (-1, group))[:, heads].flatten(1, 2)
+    seen = replace(seen, query=queries, key=seen.key[:, heads], value=seen.value[:, heads])
     start = time.process_time()
     blocks = policy.prompt(seen.query, seen.key)
     searched = time.process_time()
@@ -205,7 +225,9 @@ def _layer(seen: Seen, policy: Finder, first: int) -> dict[str, float]:
     }
 
 
-def _report(plan: AttentionPlan, settings: Sparse, tokens: int, layers: list[dict[str, float]]) -> dict[str, Any]:
+def _report(
+    plan: AttentionPlan, settings: Sparse, copying: Collection[Place], tokens: int, layers: list[dict[str, float]]
+) -> dict[str, Any]:
     """The report's section ``sparse``."""
     heads = sum(head.topk is not None for layer in plan.layers for head in layer.heads)
     told = f"{PUBLISHED[settings.method]}: {heads} KV heads attend {seen_tokens(settings):,} tokens at most"
@@ -217,6 +239,7 @@ def _report(plan: AttentionPlan, settings: Sparse, tokens: int, layers: list[dic
         "method": settings.method,
         "summary": told,
         "heads": heads,
+        "copying_heads": [list(place) for place in copying],
         "attended_tokens": seen_tokens(settings),
         "measured_tokens": tokens,
         "recall": mean,

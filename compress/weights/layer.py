@@ -95,7 +95,12 @@ class Streams:
 
 
 def quantize_layer(
-    pieces: Pieces, streams: Streams, work: Work, names: dict[str, str], window: int | None
+    pieces: Pieces,
+    streams: Streams,
+    work: Work,
+    names: dict[str, str],
+    window: int | None,
+    lead: Callable[[int], None] | None = None,
 ) -> list[Quantized]:
     """Quantize the linear layers of one decoder layer in place, and run the calibration samples through.
 
@@ -105,18 +110,28 @@ def quantize_layer(
         work: settings.
         names: full module names by role.
         window: sliding window of this layer, or None.
+        lead: lets the layer that this one takes its attention from attend to a sample, in the same thread.
 
     Returns:
         One entry a linear layer, in the order q, k, v, o, gate, up, down.
     """
-    return _LayerRun(pieces, streams, work, names, window).all()
+    return _LayerRun(pieces, streams, work, names, window, lead).all()
 
 
 class _LayerRun:
     """One layer's passes over the samples; every method with a sample's index runs in a worker."""
 
-    def __init__(self, pieces: Pieces, streams: Streams, work: Work, names: dict[str, str], window: int | None) -> None:
+    def __init__(
+        self,
+        pieces: Pieces,
+        streams: Streams,
+        work: Work,
+        names: dict[str, str],
+        window: int | None,
+        lead: Callable[[int], None] | None,
+    ) -> None:
         self.pieces, self.streams, self.work, self.names, self.window = pieces, streams, work, names, window
+        self.lead = lead or (lambda _: None)
         self.samples, self.length = work.ids.shape
         self.weights: list[Tensor | None] = [None] * self.samples
 
@@ -126,7 +141,8 @@ class _LayerRun:
             observed = self.work.settings.importance == "attention"
             with self.pieces.without("o") if observed else nullcontext():
                 self.weights = list(self.work.workers.map(self.importance, range(self.samples)))
-        done = self.fit(("q", "k", "v"), self.attention_input)
+        readers = [role for role in ("q", "k", "v") if role in self.pieces.roles]
+        done = self.fit(readers, self.attention_input)
         with self.pieces.without("o"):
             hessian = self.hessian("o", self.attend)
         done += self.quantize(("o",), hessian)
@@ -164,6 +180,7 @@ class _LayerRun:
 
     def importance(self, i: int) -> Tensor:
         """The weight of every token of one sample ``[T]``, by the layer's dense weights."""
+        self.lead(i)
         return _importance(self.pieces, self._input(i), self.work, i, self.window)
 
     def attention_input(self, i: int) -> Tensor:
@@ -172,6 +189,7 @@ class _LayerRun:
 
     def attend(self, i: int) -> Tensor:
         """What o reads, kept until o is quantized."""
+        self.lead(i)
         a = self.pieces.attention_output(self.attention_input(i))
         self.streams.attention[i] = a
         return a

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.families import Family
+from compress.share.modules import AttentionConsumer, KeyValueConsumer
 from compress.tap import NAME, Seen
 
 Observer = Callable[[Tensor, Tensor, float], None]
@@ -30,6 +31,9 @@ class Pieces:
         family: the names of its modules.
         positions: cosines and sines, each ``[1, T, head_dim]``.
         mask: from ``ModelView.attention_mask``.
+
+    Attributes:
+        roles: of the linear layers that it has.
     """
 
     def __init__(self, layer: nn.Module, family: Family, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
@@ -37,7 +41,9 @@ class Pieces:
         self.family = family
         self.positions = positions
         self.mask = mask
-        self._widths = {role: self.linear(role).in_features for role in family.roles}
+        names = dict(layer.named_modules())
+        self.roles = tuple(role for role, name in family.roles.items() if name in names)
+        self._widths = {role: self.linear(role).in_features for role in self.roles}
         self.attention = layer.get_submodule(family.attention)
         self.attention.config._attn_implementation = NAME  # type: ignore[union-attr]
 
@@ -66,6 +72,9 @@ class Pieces:
             observer(seen.query, seen.key, seen.scaling)
             return torch.zeros_like(seen.query).transpose(1, 2)  # nothing is attended to
 
+        if isinstance(self.attention, AttentionConsumer | KeyValueConsumer):
+            observer(*self.attention.looks(x.unsqueeze(0), self.positions), self.attention.scaling)
+            return
         self._attend(x, tap=show)
 
     def mlp_input(self, hidden: Tensor) -> Tensor:

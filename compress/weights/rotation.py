@@ -91,8 +91,9 @@ def _rotate_residual(turned: dict[str, Tensor], family: Family, Q: Tensor) -> No
     readers = {family.input_norm: ("q", "k", "v"), family.post_norm: ("gate", "up")}
     for norm, roles in readers.items():
         gain = turned[f"{norm}.weight"]
-        for role in roles:
-            name = f"{family.roles[role]}.weight"
+        for name in (f"{family.roles[role]}.weight" for role in roles):
+            if name not in turned:  # of a layer that takes it from another one
+                continue
             turned[name] = (turned[name] * gain) @ Q
         turned[f"{norm}.weight"] = torch.ones_like(gain)
     for role in ("o", "down"):
@@ -105,8 +106,9 @@ def _rotate_residual(turned: dict[str, Tensor], family: Family, Q: Tensor) -> No
 def _rotate_heads(turned: dict[str, Tensor], family: Family, P: Tensor) -> None:
     width = P.shape[0]
     value, output = family.roles["v"], family.roles["o"]
-    rows = turned[f"{value}.weight"]
-    turned[f"{value}.weight"] = (P.t() @ rows.view(-1, width, rows.shape[1])).reshape(rows.shape)
+    if f"{value}.weight" in turned:  # else it takes another layer's, which are turned alike
+        rows = turned[f"{value}.weight"]
+        turned[f"{value}.weight"] = (P.t() @ rows.view(-1, width, rows.shape[1])).reshape(rows.shape)
     if f"{value}.bias" in turned:
         turned[f"{value}.bias"] = (turned[f"{value}.bias"].view(-1, width) @ P).reshape(-1)
     columns = turned[f"{output}.weight"]

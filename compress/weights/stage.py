@@ -5,13 +5,14 @@ the solver (weights/gptq.py). A finished layer leaves its tensors, and the input
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.artifact.compressed_tensors import dequantized, packed_tensors
 from compress.calibrate.errors import InputError
@@ -165,7 +166,7 @@ class _Run:
         inputs, outputs = self._hidden(index), self._hidden(index + 1)
         names = {role: fact.name for role, fact in view.linears(index).items()}
         streams = Streams(inputs, outputs, *scratch)
-        done = quantize_layer(pieces, streams, self.work, names, view.window(index))
+        done = quantize_layer(pieces, streams, self.work, names, view.window(index), self._lead(index))
         if not all(bool(torch.isfinite(outputs[i]).all()) for i in range(len(outputs))):
             raise InputError(
                 "--model", view.source, f"layer {index} gives NaN or infinite activations on the calibration text"
@@ -176,10 +177,33 @@ class _Run:
         self.state["modules"] += [_line(part, self.group_size) for part in done]
         self.state["seconds"] += time.perf_counter() - started
         job.folder.save()
-        inputs.path.unlink()
+        self._forget(index)
         for part in done:
             job.emit(_event(part, self.group_size))
         job.emit(LayerDone(index, total, time.perf_counter() - started))
+
+    def _lead(self, index: int) -> Callable[[int], None] | None:
+        """What lets the layer that a layer takes from, quantized as it is, attend to a sample."""
+        view, share = self.job.view, self.job.view.facts.shares.get(index)
+        if share is None:
+            return None
+        layer = self._built(self._parts(), share.source).to(self.job.device)
+        positions = tuple(table.to(self.job.device) for table in view.position_embeddings(self.work.ids.shape[1]))
+        pieces, inputs = Pieces(layer, view.family, (positions[0], positions[1]), None), self._hidden(share.source)
+
+        def lead(sample: int) -> None:
+            pieces.look(pieces.attention_input(inputs[sample].to(self.job.device)), lambda *_: None)
+
+        return lead
+
+    def _forget(self, index: int) -> None:
+        """The inputs of a finished layer, but where another one will take its attention."""
+        last: dict[int, int] = {}
+        for layer, share in self.job.view.facts.shares.items():
+            last[share.source] = max(layer, last.get(share.source, 0))
+        for done in (index, *(source for source, layer in last.items() if layer == index)):
+            if last.get(done, index) <= index:
+                self._hidden_path(done).unlink()
 
     def _store(self, index: int, done: list[Quantized], rest: dict[str, Tensor]) -> None:
         prefix = f"{self.job.view.family.layers}.{index}."
@@ -257,14 +281,18 @@ class _Run:
         ids = self.work.ids[0, :PROBE_TOKENS]
         hidden = load_file(parts.embed)[f"{view.family.embed}.weight"][ids].float().unsqueeze(0)
         positions = view.position_embeddings(len(ids))
-        for index, path in enumerate(parts.layers):
-            tensors, prefix = load_file(path), f"{view.family.layers}.{index}."
-            weights = {name.removeprefix(prefix): t.float() for name, t in tensors.items() if ".weight_" not in name}
-            for name in (name for name in parts.bits if name.startswith(prefix)):
-                weights[f"{name.removeprefix(prefix)}.weight"] = dequantized(tensors, name, parts.bits[name])
-            layer = view.build_layer(index, weights)
-            hidden = run_layer(layer, hidden, positions, view.attention_mask(index, len(ids)))
+        for index in range(view.num_layers):
+            hidden = run_layer(self._built(parts, index), hidden, positions, view.attention_mask(index, len(ids)))
         return hidden[0]
+
+    def _built(self, parts: Parts, index: int) -> nn.Module:
+        """A layer with what its file stands for."""
+        view = self.job.view
+        tensors, prefix = load_file(parts.layers[index]), f"{view.family.layers}.{index}."
+        weights = {name.removeprefix(prefix): t.float() for name, t in tensors.items() if ".weight_" not in name}
+        for name in (name for name in parts.bits if name.startswith(prefix)):
+            weights[f"{name.removeprefix(prefix)}.weight"] = dequantized(tensors, name, parts.bits[name])
+        return view.build_layer(index, weights)
 
     def _logits(self, hidden: Tensor, parts: Parts) -> Tensor:
         """The quantized model's answer to the probe: the last hidden states, final norm, head."""

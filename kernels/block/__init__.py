@@ -23,6 +23,12 @@ class Prepared(Protocol):
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`compress.kernels.block.reference.before`."""
 
+    def queries(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See :func:`compress.kernels.block.reference.queries`."""
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """See :func:`compress.kernels.block.reference.values`."""
+
     def after(self, attention: Tensor, hidden: Tensor) -> Tensor:
         """See :func:`compress.kernels.block.reference.after`; may change `hidden` in place."""
 
@@ -46,6 +52,12 @@ class _Plain:
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return reference.before(self.block, hidden, cos, sin)
+
+    def queries(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return reference.queries(self.block, hidden, cos, sin)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        return reference.values(self.block, hidden)
 
     def after(self, attention: Tensor, hidden: Tensor) -> Tensor:
         return reference.after(self.block, attention, hidden)
@@ -85,6 +97,22 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scali
     return cpu.decode_attention(q, k, v, mask, scaling, build)
 
 
+def attention_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """See :func:`compress.kernels.block.reference.attention_row`."""
+    build = _build(q)
+    if build is None:
+        return reference.attention_row(q, k, v, mask, scaling)
+    return cpu.attention_row(q, k, v, mask, scaling, build)
+
+
+def attention_mix(weights: Tensor, v: Tensor, head_map: Tensor | None = None) -> Tensor:
+    """See :func:`compress.kernels.block.reference.attention_mix`."""
+    build = _build(weights)
+    if build is None:
+        return reference.attention_mix(weights, v, head_map)
+    return cpu.attention_mix(weights, v, head_map, build)
+
+
 def path(x: Tensor) -> dispatch.Path:
     """The path of all of them, for queries or a norm's weight: C++ for float32 on a CPU, else the reference."""
     return dispatch.pick(x.device, has_triton=False, has_native=x.dtype == torch.float32)
@@ -100,6 +128,8 @@ __all__ = [
     "Linear",
     "Prepared",
     "PreparedHead",
+    "attention_mix",
+    "attention_row",
     "decode_attention",
     "path",
     "prepared",

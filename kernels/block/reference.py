@@ -26,19 +26,20 @@ class Block:
     """The weights of one decoder layer without its attention.
 
     Attributes:
-        q, k, v, o, gate, up, down: its linear layers.
+        q, k, v: its linear layers; None where it takes what they make from an earlier layer: q and k, or k and v.
+        o, gate, up, down: its other linear layers.
         attention_norm, mlp_norm: [hidden] float32, what the normed values are multiplied by.
         q_norm, k_norm: [head_dim] float32, norms of each head before RoPE, or None.
         epsilon: of every RMSNorm.
-        head_dim: dimensions of a head; the numbers of heads follow from the rows of q and k.
+        head_dim: dimensions of a head; the numbers of heads follow from the columns of o and the rows of k or v.
         rotary_dim: the first dimensions of a head that RoPE turns; even.
         act: of the gate.
         activations: "int8" rounds what every packed layer reads to 8 bits over 32 inputs.
     """
 
-    q: Linear
-    k: Linear
-    v: Linear
+    q: Linear | None
+    k: Linear | None
+    v: Linear | None
     o: Linear
     gate: Linear
     up: Linear
@@ -87,14 +88,31 @@ def before(block: Block, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
         q [M, heads, head_dim], k and v [M, kv_heads, head_dim].
     """
     x = rms_norm(hidden, block.attention_norm, block.epsilon)
-    q, k, v = (
-        linear(x, part, block.activations).unflatten(-1, (-1, block.head_dim)) for part in (block.q, block.k, block.v)
-    )
-    if block.q_norm is not None:
-        q = rms_norm(q, block.q_norm, block.epsilon)
+    k = _heads(block, x, block.k)
     if block.k_norm is not None:
         k = rms_norm(k, block.k_norm, block.epsilon)
-    return rope(q, cos, sin), rope(k, cos, sin), v
+    return _queries(block, x, cos, sin), rope(k, cos, sin), _heads(block, x, block.v)
+
+
+def queries(block: Block, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The queries of :func:`before` alone, [M, heads, head_dim], of a layer that takes keys and values."""
+    return _queries(block, rms_norm(hidden, block.attention_norm, block.epsilon), cos, sin)
+
+
+def values(block: Block, hidden: Tensor) -> Tensor:
+    """The values of :func:`before` alone, [M, kv_heads, head_dim], of a layer that takes probabilities."""
+    return _heads(block, rms_norm(hidden, block.attention_norm, block.epsilon), block.v)
+
+
+def _queries(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q = _heads(block, x, block.q)
+    return rope(q if block.q_norm is None else rms_norm(q, block.q_norm, block.epsilon), cos, sin)
+
+
+def _heads(block: Block, x: Tensor, layer: Linear | None) -> Tensor:
+    if layer is None:
+        raise ValueError("this layer takes from an earlier one what it is asked for")
+    return linear(x, layer, block.activations).unflatten(-1, (-1, block.head_dim))
 
 
 def after(block: Block, attention: Tensor, hidden: Tensor) -> Tensor:
@@ -126,8 +144,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scali
     Returns:
         [B, heads, D]; zeros where the mask leaves nothing.
     """
-    groups = q.shape[1] // k.shape[1]
-    keys, values = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    return attention_row(q, k, v, mask, scaling)[0]
+
+
+def attention_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """:func:`decode_attention`, and its probabilities [B, heads, T], zeros where the mask leaves nothing."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = scaling * torch.einsum("bhd,bhtd->bht", q, keys)
     if mask is not None:
         added = (
@@ -136,4 +158,19 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scali
         scores = scores + added[:, None]
     seen = (scores > -torch.inf).any(-1, keepdim=True)
     weights = torch.where(seen, scores, 0).softmax(-1) * seen
-    return torch.einsum("bht,bhtd->bhd", weights, values)
+    return attention_mix(weights, v), weights
+
+
+def attention_mix(weights: Tensor, v: Tensor, head_map: Tensor | None = None) -> Tensor:
+    """Attention by the probabilities of another layer (EchoAtt, arXiv 2409.14595).
+
+    Args:
+        weights: [B, heads, T].
+        v: [B, kv_heads, T, D].
+        head_map: [heads] int64, the row of `weights` for each head; None for its own.
+
+    Returns:
+        [B, heads, D].
+    """
+    own = weights if head_map is None else weights[:, head_map]
+    return torch.einsum("bht,bhtd->bhd", own, v.repeat_interleave(own.shape[1] // v.shape[1], dim=1))

@@ -19,7 +19,7 @@ from compress.kernels.quant_linear.spec import exact_weights
 from compress.kernels.quant_linear.weight import from_codes
 from torch import Generator, Tensor
 
-Part = Literal["before", "after", "head", "attention"]
+Part = Literal["before", "queries", "values", "after", "head", "attention", "row", "mix"]
 Result = Tensor | tuple[Tensor, ...]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 3, 1, 32, 96, 160
 EPSILON = 1e-5
@@ -28,6 +28,14 @@ EPSILON = 1e-5
 def _public(part: Part, *arguments: Any) -> Result:
     if part == "before":
         return op.prepared(arguments[0]).before(*arguments[1:])
+    if part == "queries":
+        return op.prepared(arguments[0]).queries(*arguments[1:])
+    if part == "values":
+        return op.prepared(arguments[0]).values(*arguments[1:])
+    if part == "row":
+        return op.attention_row(*arguments)
+    if part == "mix":
+        return op.attention_mix(*arguments)
     if part == "after":
         return op.prepared(arguments[0]).after(arguments[1], arguments[2].clone())
     if part == "head":
@@ -40,6 +48,14 @@ def _native(build: str, part: Part, *arguments: Any) -> Result:
     assert library is not None
     if part == "before":
         return cpu.NativeBlock(arguments[0], library).before(*arguments[1:])
+    if part in ("queries", "values"):
+        return getattr(cpu.NativeBlock(arguments[0], library), part)(*arguments[1:])
+    if part == "row":
+        q, k, v, mask, scaling = arguments
+        return cpu.attention_row(q, k, v, mask, scaling, library)
+    if part == "mix":
+        weights, values, head_map = arguments
+        return cpu.attention_mix(weights, values, head_map, library)
     if part == "after":
         return cpu.NativeBlock(arguments[0], library, threads=2).after(arguments[1], arguments[2].clone())
     if part == "head":
@@ -52,6 +68,10 @@ def _native(build: str, part: Part, *arguments: Any) -> Result:
 def _reference(part: Part, *arguments: Any) -> Result:
     parts: dict[Part, Callable[..., Result]] = {
         "before": reference.before,
+        "queries": reference.queries,
+        "values": reference.values,
+        "row": reference.attention_row,
+        "mix": reference.attention_mix,
         "after": reference.after,
         "head": reference.norm_linear,
         "attention": reference.decode_attention,
@@ -63,6 +83,10 @@ def _exact(part: Part, *arguments: Any) -> Result:
     """From first principles in float64: RoPE as a complex turn, attention row by row."""
     parts: dict[Part, Callable[..., Result]] = {
         "before": _exact_before,
+        "queries": lambda block, *rest: _exact_before(replace(block, k=block.q, v=block.q, k_norm=None), *rest)[0],
+        "values": lambda block, hidden: _exact_values(block, hidden),
+        "row": _exact_row,
+        "mix": _exact_mix,
         "after": _exact_after,
         "head": lambda layer, norm, epsilon, hidden: _exact_linear(layer, _exact_norm(hidden, norm, epsilon)),
         "attention": _exact_attention,
@@ -84,6 +108,11 @@ def _exact_before(block: Block, hidden: Tensor, cos: Tensor, sin: Tensor) -> tup
     return turned(q, block.q_norm), turned(k, block.k_norm), v
 
 
+def _exact_values(block: Block, hidden: Tensor) -> Tensor:
+    x = _exact_norm(hidden, block.attention_norm, block.epsilon)
+    return _exact_linear(block.v, x).unflatten(-1, (-1, block.head_dim))
+
+
 def _exact_after(block: Block, attention: Tensor, hidden: Tensor) -> Tensor:
     x = hidden.double() + _exact_linear(block.o, attention)
     normed = _exact_norm(x, block.mlp_norm, block.epsilon)
@@ -96,7 +125,7 @@ def _exact_after(block: Block, attention: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    out = torch.zeros(*q.shape[:2], v.shape[3], dtype=torch.float64)
     group = q.shape[1] // k.shape[1]
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
         added = torch.zeros(k.shape[2], dtype=torch.float64)
@@ -109,12 +138,27 @@ def _exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scali
     return out
 
 
+def _exact_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, ...]:
+    """The probabilities as the attention of one-hot values."""
+    tokens = k.shape[2]
+    onehot = torch.eye(tokens).expand(*k.shape[:2], tokens, tokens)
+    return _exact_attention(q, k, v, mask, scaling), _exact_attention(q, k, onehot, mask, scaling)
+
+
+def _exact_mix(weights: Tensor, v: Tensor, head_map: Tensor | None) -> Tensor:
+    heads = range(weights.shape[1]) if head_map is None else head_map.tolist()
+    group = weights.shape[1] // v.shape[1]
+    rows = [weights[:, row].double()[:, None] @ v[:, head // group].double() for head, row in enumerate(heads)]
+    return torch.cat(rows, 1)
+
+
 def _exact_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     x = x.double()
     return x / (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + epsilon).sqrt() * weight.double()
 
 
-def _exact_linear(layer: Linear, x: Tensor) -> Tensor:
+def _exact_linear(layer: Linear | None, x: Tensor) -> Tensor:
+    assert layer is not None
     weight = layer.weight.double() if isinstance(layer.weight, Tensor) else exact_weights(layer.weight)
     return x.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
 
@@ -195,6 +239,36 @@ def _attention(name: str, heads: tuple[int, int], sizes: tuple[int, int, int], m
     return Case(f"attention-{name}", make, (torch.float32,))
 
 
+def _taking(part: Literal["queries", "values"], count: int) -> Case:
+    """Of a layer that takes from an earlier one, and lacks what it takes."""
+    gone = ("k", "v") if part == "queries" else ("q", "k")
+
+    def make(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        lacking: dict[str, Any] = dict.fromkeys(gone)
+        block = replace(_block(g), **lacking)
+        hidden, angles = torch.randn(count, HIDDEN, generator=g), torch.randn(count, HEAD_DIM // 2, generator=g)
+        tables = (angles.repeat(1, 2).cos(), angles.repeat(1, 2).sin()) if part == "queries" else ()
+        return part, block, hidden, *tables
+
+    return Case(part, make, (torch.float32,))
+
+
+def _mix(name: str, heads: tuple[int, int], sizes: tuple[int, int, int], mapped: bool) -> Case:
+    def make(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        batch, tokens, size = sizes
+        weights = torch.randn(batch, heads[0], tokens, generator=g).softmax(-1)
+        cache = torch.randn(batch, heads[1], tokens + 9, size, generator=g)
+        head_map = torch.randint(heads[0], (heads[0],), generator=g) if mapped else None
+        return "mix", weights, cache[:, :, :tokens], head_map
+
+    return Case(f"mix-{name}", make, (torch.float32,))
+
+
+def _row(case: Case) -> Case:
+    """The same attention, with its probabilities."""
+    return Case(case.name.replace("attention", "row"), lambda g, dtype: ("row", *case.make(g, dtype)[1:]), case.dtypes)
+
+
 SPEC = OpSpec(
     name="block",
     public=_public,
@@ -219,5 +293,12 @@ SPEC = OpSpec(
         _attention("grouped", (8, 2), (2, 67, 64)),
         _attention("padding", (3, 1), (3, 130, 24), mask="bool"),
         _attention("added-mask", (4, 4), (2, 40, 8), mask="float"),
+        _taking("queries", 3),
+        _taking("values", 2),
+        _row(_attention("grouped", (8, 2), (2, 67, 64))),
+        _row(_attention("padding", (3, 1), (3, 130, 24), mask="bool")),
+        _row(_attention("added-mask", (4, 4), (2, 40, 8), mask="float")),
+        _mix("grouped", (9, 3), (2, 67, 64), mapped=False),
+        _mix("many-to-one", (4, 2), (3, 33, 24), mapped=True),
     ),
 )

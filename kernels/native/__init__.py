@@ -22,6 +22,8 @@ FUNCTIONS = (  # a build without one of them is of another version
     "compress_block_after",
     "compress_norm_linear",
     "compress_decode_attention",
+    "compress_attention_row",
+    "compress_attention_mix",
     "compress_kv_pack",
     "compress_segment_attention",
 )

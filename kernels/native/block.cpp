@@ -123,26 +123,92 @@ float exponentials(float* scores, int64_t tokens, float largest) {
     return total;
 }
 
-// out = sum over tokens of weights times values, divided by the sum of the weights.
-void attend(const CompressAttention& call, const float* v, const float* weights, float total, float* out) {
+// Query heads that read one KV head: each value is loaded once for all of them.
+constexpr int MOST_TOGETHER = 4;
+
+struct Head {
+    const float* weights;  // [tokens]
+    float* out;            // [head_dim]
+    float factor;          // of the sum: one over the sum of the weights
+};
+
+// out = factor * sum over tokens of weights times values, for `number` heads.
+template <int number>
+void attend(const CompressAttention& call, const float* v, const Head* heads) {
     const int64_t size = call.head_dim;
     constexpr int64_t WIDE = 4 * LANES;
-    const float inverse = 1.0f / total;
     int64_t d = 0;
     for (; d + WIDE <= size; d += WIDE) {
-        Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};
+        Floats sums[number][4];
+        for (int h = 0; h < number; ++h) {
+            for (int i = 0; i < 4; ++i) sums[h][i] = zeros();
+        }
         const float* value = v + d;
         for (int64_t t = 0; t < call.tokens; ++t, value += call.v_token) {
-            const Floats w = all(weights[t]);
-            for (int i = 0; i < 4; ++i) sums[i] = fma(w, load(value + i * LANES), sums[i]);
+            for (int i = 0; i < 4; ++i) {
+                const Floats x = load(value + i * LANES);
+                for (int h = 0; h < number; ++h) sums[h][i] = fma(all(heads[h].weights[t]), x, sums[h][i]);
+            }
         }
-        for (int i = 0; i < 4; ++i) store(out + d + i * LANES, mul(sums[i], all(inverse)));
+        for (int h = 0; h < number; ++h) {
+            for (int i = 0; i < 4; ++i) store(heads[h].out + d + i * LANES, mul(sums[h][i], all(heads[h].factor)));
+        }
     }
     for (; d < size; ++d) {
-        float sum = 0.0f;
-        for (int64_t t = 0; t < call.tokens; ++t) sum += weights[t] * v[t * call.v_token + d];
-        out[d] = sum * inverse;
+        for (int h = 0; h < number; ++h) {
+            float sum = 0.0f;
+            for (int64_t t = 0; t < call.tokens; ++t) sum += heads[h].weights[t] * v[t * call.v_token + d];
+            heads[h].out[d] = sum * heads[h].factor;
+        }
     }
+}
+
+void attend(const CompressAttention& call, const float* v, const Head* heads, int64_t number) {
+    if (number == 1) attend<1>(call, v, heads);
+    if (number == 2) attend<2>(call, v, heads);
+    if (number == 3) attend<3>(call, v, heads);
+    if (number == 4) attend<4>(call, v, heads);
+}
+
+// Calls run(b, first, number) for every sequence, and its heads, few at a time, that read one KV head.
+template <typename Run>
+void each_group(const CompressAttention& call, Run run) {
+    const int64_t shared = call.heads / call.kv_heads;
+    for (int64_t b = 0; b < call.batch; ++b) {
+        for (int64_t first = 0; first < call.heads;) {
+            const int64_t left = shared - first % shared;
+            const int64_t number = left < MOST_TOGETHER ? left : MOST_TOGETHER;
+            run(b, first, number);
+            first += number;
+        }
+    }
+}
+
+// Attention of every head: rows of scores, at `rows` [MOST_TOGETHER][tokens] for a few heads after the other, or with
+// `keep` [batch][heads][tokens], which then become probabilities.
+void attend_all(const CompressAttention& call, float* rows, bool keep) {
+    const int64_t shared = call.heads / call.kv_heads;
+    each_group(call, [&](int64_t b, int64_t first, int64_t number) {
+        const int64_t kv = first / shared;
+        const float* k = call.k + b * call.k_batch + kv * call.k_head;
+        const float* v = call.v + b * call.v_batch + kv * call.v_head;
+        const int64_t place = b * call.heads + first;
+        Head heads[MOST_TOGETHER];
+        for (int64_t h = 0; h < number; ++h) {
+            float* scores = rows + (keep ? place + h : h) * call.tokens;
+            const float largest = score(call, b, call.q + (place + h) * call.head_dim, k, scores);
+            const bool blind = largest == -INFINITY;
+            if (blind) std::fill(scores, scores + call.tokens, 0.0f);
+            const float factor = blind ? 0.0f : 1.0f / exponentials(scores, call.tokens, largest);
+            heads[h] = {scores, call.out + (place + h) * call.head_dim, factor};
+        }
+        attend(call, v, heads, number);
+        if (!keep) return;
+        for (int64_t h = 0; h < number; ++h) {
+            float* weights = rows + (place + h) * call.tokens;
+            for (int64_t t = 0; t < call.tokens; ++t) weights[t] *= heads[h].factor;
+        }
+    });
 }
 
 }  // namespace
@@ -152,16 +218,22 @@ extern "C" {
 
 int64_t compress_block_before(const CompressBlock* block, const float* hidden, const float* cos, const float* sin,
                               int64_t count, float* q, float* k, float* v) {
-    const compress::Step steps[] = {{&block->q, q}, {&block->k, k}, {&block->v, v}};
-    if (!compress::normed(steps, 3, hidden, block->attention_norm, block->epsilon, count, block->activations,
+    const compress::Step all[] = {{&block->q, q}, {&block->k, k}, {&block->v, v}};
+    compress::Step steps[3];
+    int asked = 0;
+    for (const compress::Step& step : all) {
+        if (step.y != nullptr) steps[asked++] = step;
+    }
+    if (asked == 0) return 0;  // without a token there is no place for anything
+    if (!compress::normed(steps, asked, hidden, block->attention_norm, block->epsilon, count, block->activations,
                           block->threads)) {
         return 1;
     }
     for (int64_t m = 0; m < count; ++m) {
         const float* c = cos + m * block->rotary_dim;
         const float* s = sin + m * block->rotary_dim;
-        compress::norm_and_rotate(*block, q + m * block->q.rows, block->heads, block->q_norm, c, s);
-        compress::norm_and_rotate(*block, k + m * block->k.rows, block->kv_heads, block->k_norm, c, s);
+        if (q != nullptr) compress::norm_and_rotate(*block, q + m * block->q.rows, block->heads, block->q_norm, c, s);
+        if (k != nullptr) compress::norm_and_rotate(*block, k + m * block->k.rows, block->kv_heads, block->k_norm, c, s);
     }
     return 0;
 }
@@ -197,23 +269,28 @@ int64_t compress_norm_linear(const CompressLinear* layer, const float* norm, dou
 }
 
 int64_t compress_decode_attention(const CompressAttention* call) {
-    const compress::Buffer scores(call->tokens);
+    const compress::Buffer scores(compress::MOST_TOGETHER * call->tokens);
     if (scores == nullptr) return 1;
-    const int64_t shared = call->heads / call->kv_heads;
-    for (int64_t i = 0; i < call->batch * call->heads; ++i) {
-        const int64_t b = i / call->heads;
-        const int64_t kv = i % call->heads / shared;
-        const float* k = call->k + b * call->k_batch + kv * call->k_head;
-        const float* v = call->v + b * call->v_batch + kv * call->v_head;
-        float* out = call->out + i * call->head_dim;
-        const float largest = compress::score(*call, b, call->q + i * call->head_dim, k, scores);
-        if (largest == -INFINITY) {
-            std::fill(out, out + call->head_dim, 0.0f);
-            continue;
+    compress::attend_all(*call, scores, false);
+    return 0;
+}
+
+int64_t compress_attention_row(const CompressAttention* call, float* weights) {
+    compress::attend_all(*call, weights, true);
+    return 0;
+}
+
+int64_t compress_attention_mix(const CompressAttention* call, const float* weights, const int64_t* head_map) {
+    compress::each_group(*call, [&](int64_t b, int64_t first, int64_t number) {
+        compress::Head heads[compress::MOST_TOGETHER];
+        for (int64_t h = 0; h < number; ++h) {
+            const int64_t from = head_map == nullptr ? first + h : head_map[first + h];
+            const float* row = weights + (b * call->heads + from) * call->tokens;
+            heads[h] = {row, call->out + (b * call->heads + first + h) * call->head_dim, 1.0f};
         }
-        const float total = compress::exponentials(scores, call->tokens, largest);
-        compress::attend(*call, v, scores, total, out);
-    }
+        const float* v = call->v + b * call->v_batch + first / (call->heads / call->kv_heads) * call->v_head;
+        compress::attend(*call, v, heads, number);
+    });
     return 0;
 }
 

@@ -6,6 +6,9 @@
 //   compress_block_after:     o -> + hidden -> RMSNorm -> gate, up -> act(gate) * up -> down -> + hidden
 //   compress_norm_linear:     RMSNorm -> a linear layer; the end of a model
 //
+// A layer that takes its attention from an earlier one has no q and k, one that takes keys and values no k and v: their
+// structures aren't looked at where compress_block_before is given no place for them.
+//
 // All activations are fp32 and contiguous. Functions return 0, or 1 when there is no memory for their scratch.
 // The Python mirror of the structures is kernels/block/cpu.py.
 
@@ -36,7 +39,7 @@ struct CompressBlock {
 };
 
 // hidden [count][hidden]; cos, sin [count][rotary_dim], as transformers gives them (second half repeats the first).
-// Out: q [count][heads][head_dim], k and v [count][kv_heads][head_dim].
+// Out: q [count][heads][head_dim], k and v [count][kv_heads][head_dim]; what is null isn't computed.
 int64_t compress_block_before(const CompressBlock* block, const float* hidden, const float* cos, const float* sin,
                               int64_t count, float* q, float* k, float* v);
 
@@ -64,5 +67,13 @@ struct CompressAttention {
 // softmax(scaling q k^T + mask) v for one query token a sequence; query head h reads KV head h / (heads / kv_heads).
 // A sequence whose mask leaves nothing gets zeros.
 int64_t compress_decode_attention(const CompressAttention* call);
+
+// The same, which leaves its probabilities for later layers: weights [batch][heads][tokens], each row's sum is 1, or 0
+// where the mask leaves nothing.
+int64_t compress_attention_row(const CompressAttention* call, float* weights);
+
+// weights v with the probabilities of another layer: its query head head_map[h], or h where it is null, for query head h.
+// Of the call, q, k, mask and scaling aren't read.
+int64_t compress_attention_mix(const CompressAttention* call, const float* weights, const int64_t* head_map);
 
 }  // extern "C"

@@ -23,21 +23,35 @@ def ragged_decode(q: Tensor, clusters: Sequence[Cluster], scaling: float) -> tup
     out = torch.empty_like(grouped)
     lse = torch.empty(grouped.shape[:3])
     for cluster in clusters if q.numel() else ():
-        own = list(cluster.heads)
+        own = _places(cluster.heads)
         out[:, own], lse[:, own] = _attend(grouped[:, own], cluster, scaling)
     return out.reshape(q.shape), lse.reshape(batch, heads, count)
 
 
 def _attend(rows: Tensor, cluster: Cluster, scaling: float) -> tuple[Tensor, Tensor]:
     """Rows ``[B, n, r, D]`` over the slots of their heads."""
+    spans = _spans(cluster)
+    first, end = spans[0][1]
+    if len(spans) == 1 and end > first:
+        keys, values = (x.narrow(2, first, end - first) for x in (cluster.keys, cluster.values))
+        found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, keys, values, 0.0, False, attn_mask=None, scale=scaling
+        )
+        return found
     out, lse = torch.zeros_like(rows), torch.full(rows.shape[:3], -math.inf)
-    for place, (first, end) in _spans(cluster):
+    for place, (first, end) in spans:
         if end > first:
             keys, values = (x[place][:, :, first:end] for x in (cluster.keys, cluster.values))
             out[place], lse[place] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 rows[place], keys, values, 0.0, False, attn_mask=None, scale=scaling
             )
     return out, lse
+
+
+def _places(heads: tuple[int, ...]) -> slice | list[int]:
+    """A slice where they lie side by side, which is a view; looking up numbers takes longer than a short head."""
+    first = heads[0]
+    return slice(first, first + len(heads)) if heads == tuple(range(first, first + len(heads))) else list(heads)
 
 
 def _spans(cluster: Cluster) -> list[tuple[Place, tuple[int, int]]]:

@@ -79,7 +79,10 @@ def error(spec: str, call=open_text, **options) -> str:
 
 
 @pytest.mark.parametrize("call", [open_text, check_text])
-def test_faults_that_the_beginning_shows(tmp_path, call):
+def test_faults_that_the_beginning_shows(tmp_path, call, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "is a folder" in error("corpus", call)  # not a dataset of that name
     (tmp_path / "valid.txt").write_text("x")
     missing = error(str(tmp_path / "vald.txt"), call, option="eval.text")
     assert missing.startswith("eval.text=")

@@ -232,7 +232,7 @@ def test_eval_none_switches_scoring_off(pipeline):
         (["-m", "m", "-r", "rsq", "--set", "weights.bits=5"], ["weights.bits=5", "2, 3, 4, 8"]),
         (["-m", "m", "-r", "rsq", "--device", "gpu"], ["--device=gpu", "cuda"]),
         (["-m", "m", "-r", "rsq", "--seed", "x"], ["--seed"]),
-        (["-m", "m", "-r", "rsq", "--seed", "99999999999"], ["calibration.seed"]),
+        (["-m", "m", "-r", "rsq", "--seed", "99999999999"], ["--seed", "4294967295"]),
         (["-m", "m", "-r", "rsq", "--eval", ","], ["--eval", "no name"]),
         (["-m", "m", "-r", "rsq", "--task-path", "nowhere"], ["--task-path", "nowhere"]),
         (["-m", "m", "-r", "rsq", "more"], ["more"]),

@@ -7,7 +7,22 @@ from compress.calibrate.errors import InputError
 
 from compress.recipe import Recipe
 
-SHIPPED = ["duo", "gptq", "heads", "hip", "moa", "rsq", "rsq-paper", "rsq-tuned", "rtn", "zipcache", "zipcache-plus"]
+SHIPPED = [
+    "act",
+    "duo",
+    "echoatt",
+    "gptq",
+    "heads",
+    "hip",
+    "kvsharer",
+    "moa",
+    "rsq",
+    "rsq-paper",
+    "rsq-tuned",
+    "rtn",
+    "zipcache",
+    "zipcache-plus",
+]
 
 
 def refusal(source, *overrides):

@@ -180,6 +180,17 @@ def test_bad_models(copy: Path, tiny: Tiny, tmp_path: Path) -> None:
         assert line.endswith("name it, or another model: --against MODEL")
 
 
+def test_a_damaged_artifact_is_refused_before_anything_is_loaded(
+    copy: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.bench.Worker", None)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    line = refused("bench", str(copy), "--against", str(tiny("llama")))
+    assert line.startswith("error: ARTIFACT=")
+    assert "is damaged: model.safetensors changed" in line
+
+
 def test_a_function_that_cannot_be_sent(tiny: Tiny) -> None:
     def load() -> PreTrainedModel:
         return build_model("llama")

@@ -14,12 +14,12 @@ from runs import digest, distance, logits, quick, refused
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from compress.artifact.inspect import inspect
+from compress.kv.attention import NAME
 from compress.kv.growing import GrowingCache
 from compress.options import RunOptions
 from compress.pipeline import RunResult, run
 from compress.recipe import Recipe
 from compress.runtime import load
-from compress.runtime.attention import NAME
 from compress.runtime.plan_cache import PlanCache
 
 Tiny = Callable[[str], Path]

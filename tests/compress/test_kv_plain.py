@@ -8,10 +8,10 @@ import torch
 from compress.evalsuite.efficiency import allocated
 from torch import Tensor, nn
 
+from compress.kv.attention import plan_attention
 from compress.kv.layer import Cluster, Handle, PlanLayer
 from compress.kv.plain import PlainPart, Reach
 from compress.plan import Stride, Window
-from compress.runtime.attention import plan_attention
 
 WIDTH = 16
 SCALE = WIDTH**-0.5
@@ -191,3 +191,13 @@ def test_the_model_s_own_attention_is_used_until_a_token_is_dropped() -> None:
     assert attended(layer, *(states[:, :, :1],) * 3, None)[1]
     assert layer.nbytes().stored == 2 * (71 + 70) * WIDTH * 4
     assert not layer.is_croppable
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_what_is_certainly_seen_is_seen(name: str) -> None:
+    """And a window that doesn't grow drops the token behind it."""
+    reach = REACHES[name]
+    lengths = [length for length in range(1, 600) if length <= reach.whole]
+    assert not any(reach.drops(length) for length in lengths)
+    if reach.window.b == 0:
+        assert reach.drops(len(lengths) + 1)

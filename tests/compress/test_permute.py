@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compress
+from compress.kv.attention import NAME
 from compress.plan import AttentionPlan, Source, Window, read_plan
 from compress.plan_order import side_by_side
 from compress.plan_writer import PlanWriter, Rule
-from compress.runtime.attention import NAME
 from compress.runtime.linear import PackedLinear
 from compress.runtime.loading import find
 from compress.runtime.permute import permute_heads

@@ -22,6 +22,7 @@ from compress.plan import (
     Head,
     KVBits,
     Packing,
+    Search,
     Share,
     Source,
     Stride,
@@ -29,7 +30,7 @@ from compress.plan import (
     Window,
     read_plan,
 )
-from compress.plan_compile import compile_plan, packed_bytes, predict_bytes
+from compress.plan_compile import compile_plan, layer_bytes, packed_bytes, predict_bytes
 from compress.plan_order import as_loaded, cluster_order, side_by_side
 from compress.plan_writer import PlanWriter, Rule
 from compress.runtime.plan_cache import PlanCache
@@ -130,7 +131,7 @@ def test_what_does_not_go_together_names_both_writers(share_mode: Any) -> None:
         hip.finish()
     echo = writer("echo", duo.finish())
     echo.share(3, Share(share_mode, 2))
-    with pytest.raises(InputError, match=r"layer 3, KV head 1 takes .* of layer 2.*share by echo, window by duo"):
+    with pytest.raises(InputError, match=r"layer 3 shares attention.*share by echo, window by duo"):
         echo.finish()
     act = writer("act", packed())
     act.calibrate(2, 0, Calibration(0.4, 0.1))
@@ -146,13 +147,47 @@ def test_a_mask_may_be_shared_between_different_windows() -> None:
     assert echo.finish().layers[3].share == Share("mask", 2)
 
 
-def test_shared_layers_by_a_map_of_heads() -> None:
-    duo = writer("duo")
-    for layer, head in ((2, 0), (3, 2)):
-        duo.see(layer, head, STREAM)
-    echo = writer("echo", duo.finish())
-    echo.share(3, Share("attn", 2, (2, 3, 4, 5, 0, 1)))
-    assert echo.finish().layers[3].share is not None
+@pytest.mark.parametrize("mode", ["kv", "attn"])
+def test_what_comes_after_sharing_leaves_those_layers_as_they_are(mode: Any) -> None:
+    echo = writer("echo")
+    echo.share(3, Share(mode, 2, (2, 3, 4, 5, 0, 1)))
+    duo = writer("duo", echo.finish())
+    for layer in range(6):
+        duo.see(layer, 0, STREAM)
+    plan = duo.finish()
+    assert [layer.heads[0].window == STREAM.window for layer in plan.layers] == [True, True, False, False, True, True]
+    assert duo.notes == ["layers 2, 3 share attention (echo) and stay as they are: duo is taken back for them"]
+    kivi = writer("kivi", plan)
+    kivi.packing(Packing())
+    for layer in range(6):
+        kivi.kv(layer, KVBits())
+    packed_heads = [sum(head.kv is not None for head in layer.heads) for layer in kivi.finish().layers]
+    assert packed_heads == [2, 2, 0, 0, 2, 2]
+    hip = writer("hip", echo.finish())
+    hip.search(Search())
+    for layer in range(6):
+        hip.topk(layer, 0, TopK(k=512))
+    assert [layer.heads[0].topk is not None for layer in hip.finish().layers] == [True, True, False, False, True, True]
+
+
+def test_lists_are_taken_by_layers_that_search_alike() -> None:
+    echo = writer("echo")
+    echo.share(3, Share("mask", 2))
+    hip = writer("hip", echo.finish())
+    hip.search(Search())
+    hip.topk(3, 0, TopK(k=512))
+    with pytest.raises(InputError, match=r"layer 3 takes the lists of layer 2.*share by echo, topk by hip"):
+        hip.finish()
+    hip.topk(2, 0, TopK(k=512))
+    assert hip.finish().layers[2].heads == hip.finish().layers[3].heads
+
+
+@pytest.mark.parametrize(("mode", "part"), [("attn", 0.5), ("kv", 0.0), ("mask", 1.0)])
+def test_bytes_of_layers_that_share(mode: Any, part: float) -> None:
+    echo = writer("echo")
+    echo.share(3, Share(mode, 2))
+    each = [layer.stored for layer in layer_bytes(echo.finish(), config(), 1000)]
+    assert each == [each[0], each[0], each[0], part * each[0], each[0], each[0]]
 
 
 @pytest.mark.parametrize(

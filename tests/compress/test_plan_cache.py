@@ -11,10 +11,10 @@ from models import build_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from compress.kv.attention import NAME, plan_attention
 from compress.kv.layer import PlanLayer
 from compress.plan import AttentionPlan, Calibration, Head, KVBits, Packing, Source, TopK, Window, with_heads
 from compress.plan_writer import PlanWriter, Rule
-from compress.runtime.attention import NAME, plan_attention
 from compress.runtime.model import follow
 from compress.runtime.plan_cache import PlanCache
 
@@ -260,7 +260,7 @@ def test_a_copy_of_a_whole_cache_goes_on_by_itself() -> None:
 PARTS: dict[str, Any] = {
     "not how": {"topk": TopK(k=64)},
     "searches": {"topk": TopK(k=64), "window": Window(a=64, b=0.0)},
-    "calibration": {"calibration": Calibration(0.4, 0.1)},
+    "calibrated": {"calibration": Calibration(0.4, 0.1), "window": Window(a=64, b=0.0)},
     "summary": {"summary": "mean_all"},
     "packs them too": {"kv": KVBits(), "window": Window(a=64, b=0.0)},
 }

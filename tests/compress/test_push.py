@@ -231,6 +231,7 @@ def test_a_terminal_is_asked(hub: Hub, artifact: Path) -> None:
 
 
 def test_without_a_terminal_yes_has_to_be_said(hub: Hub, artifact: Path) -> None:
+    assert "there is no such folder" in refused("push", str(artifact / "nowhere"), NAME)
     assert "--yes: is needed where nobody can be asked" in refused("push", str(artifact), NAME)
     assert hub.requests == []
     told = command(artifact, NAME, "--yes", "--json")

@@ -8,10 +8,10 @@ import torch
 from models import build_model
 from transformers import PreTrainedModel
 
+from compress.kv.attention import NAME
 from compress.kv.searched import SearchedPart
 from compress.plan import AttentionPlan, Search, Source, TopK
 from compress.plan_writer import PlanWriter
-from compress.runtime.attention import NAME
 from compress.runtime.plan_cache import PlanCache
 
 SEARCH = Search(sink=4, window=64, block_q=16, block_k=8, pool=4, refresh=(8, 4, 2), gate=0)

@@ -12,7 +12,7 @@ from compress.heads.data import Asked, Item, text_windows
 from compress.heads.mean_qk import POSITIONS, mean_qk_scores
 from compress.heads.retrieval import GIVEN, recall, retrieval_scores
 from compress.heads.rows import by_kv_head
-from compress.heads.scores import NAMES, ScoreSettings, score
+from compress.heads.scores import NAMES, ScoreSettings, mean_rank, score
 from compress.heads.sinks import sink_rate
 from compress.tap import Seen
 
@@ -216,3 +216,11 @@ def test_sink_rate_counts_heads_that_rest_on_the_first_token(llama: PreTrainedMo
     assert sink_rate(llama, [ids[:1], ids[1:]], threshold) == pytest.approx(float(expected), abs=1.5)
     assert sink_rate(llama, [ids], 0.0) == 100
     assert sink_rate(llama, [ids], 1.0) == 0
+
+
+def test_the_mean_rank_counts_scores_of_any_unit_alike() -> None:
+    one = torch.tensor([[0.1, 0.4], [0.2, 0.3]])
+    other = torch.tensor([[5e6, 2e6], [5e6, 1e6]])  # two alike: rank 3.5 each
+    found = mean_rank(one, other)
+    torch.testing.assert_close(found, torch.tensor([[(1 + 3.5) / 8, (4 + 2) / 8], [(2 + 3.5) / 8, (3 + 1) / 8]]))
+    torch.testing.assert_close(mean_rank(one * 7, other.log()), found)

@@ -55,7 +55,7 @@ def kept(found: AttentionPlan) -> list[tuple[int, int]]:
 
 
 def test_every_score_of_the_section_is_one_that_can_be_taken() -> None:
-    assert set(ScoreName.__args__) == {*NAMES, "influence", "gauss_newton"}
+    assert set(ScoreName.__args__) == {*NAMES, "blend", "influence", "gauss_newton"}
 
 
 def test_windows_of_the_section_are_blocks_of_the_plan() -> None:
@@ -144,7 +144,7 @@ def test_the_heads_with_the_highest_scores_keep_everything(looking: Path, tmp_pa
     assert json.loads(json.dumps(section)) == section
 
 
-@pytest.mark.parametrize("score", ["gauss_newton", "influence"])
+@pytest.mark.parametrize("score", ["gauss_newton", "influence", "blend"])
 def test_a_score_by_prompts_goes_on_behind_the_last_prompt(looking: Path, tmp_path: Path, score: str) -> None:
     heads = {"score": score, "prompts": "passkey", "items": 3}
     compressed(looking, tmp_path / "whole", **heads)
@@ -164,10 +164,10 @@ def test_the_default_profiles_both_kinds_of_prompts(looking: Path, tmp_path: Pat
     assert len(log.of(StepDone)) == 2
     (started,) = [event for event in log.of(StageStarted) if event.name == "heads"]
     assert (started.total, started.unit) == (2, "prompts")
-    assert found.report["heads"]["summary"].startswith("influence: KV heads 2 full, 4 streaming")
+    assert found.report["heads"]["summary"].startswith("blend: KV heads 2 full, 4 streaming")
     plan_of, profile = read_plan(tmp_path / "out"), read_profile(tmp_path / "out")
     assert plan_of is not None
-    assert sorted(kept(plan_of)) == sorted((layer, head) for layer, head, _ in profile.ranking("influence")[:2])
+    assert sorted(kept(plan_of)) == sorted((layer, head) for layer, head, _ in profile.ranking("blend")[:2])
 
 
 def test_spans_keep_to_the_budget(looking: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The stage ``sparse``: what it refuses and predicts, and its artifact."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from compress.calibrate.errors import InputError
 from models import save_tiny
 
 import compress
+from compress.kv.copying import copying_scores
+from compress.model import open_model
 from compress.pipeline import plan, run
 from compress.plan import read_plan
 from compress.plan_compile import predict_bytes
@@ -17,7 +20,15 @@ from compress.recipe import Recipe
 from compress.runtime.plan_cache import PlanCache
 from compress.sparse.gate import Heads, gate_of
 
-SHORT: dict[str, Any] = {"k": 64, "sink": 16, "window": 64, "dense_layers": 1, "gate": 200, "measure_tokens": 384}
+SHORT: dict[str, Any] = {
+    "k": 64,
+    "sink": 16,
+    "window": 64,
+    "dense_layers": 1,
+    "gate": 200,
+    "measure_tokens": 384,
+    "copying_heads": 0.0,
+}
 
 
 def recipe(**sparse: Any) -> dict[str, Any]:
@@ -75,6 +86,28 @@ def test_the_artifact_searches(llama: Path, tmp_path: Path) -> None:
         model(ids, past_key_values=cache)
     dense = predict_bytes(found, model.config, 300)
     assert cache.nbytes().stored == dense.stored * model.dtype.itemsize // 2
+
+
+def test_the_heads_that_copy_attend_everything(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(str(llama), recipe(copying_heads=0.4), out=out)
+    report = json.loads((out / "report.json").read_text())["sparse"]
+    full = [
+        [number, index]
+        for number, layer in enumerate(read_plan(out).layers)
+        for index, head in enumerate(layer.heads)
+        if number and head.topk is None
+    ]
+    heads = sum(len(layer.heads) for layer in read_plan(out).layers[1:])
+    assert report["copying_heads"] == full
+    assert len(full) == math.ceil(0.4 * heads) == heads - report["heads"]
+    scores = copying_scores(open_model(str(llama)), torch.device("cpu"), 0)
+    assert min(float(scores[place]) for place in map(tuple, full)) >= max(
+        float(scores[layer, head])
+        for layer in range(1, len(scores))
+        for head in range(scores.shape[1])
+        if [layer, head] not in full
+    )
 
 
 def test_heads_that_stream_do_not_search(llama: Path, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """The attention function of every method that changes attention at run time, and its mask, for transformers.
 
-A cache driven by an attention plan (``plan_cache.py``) returns handles in the place of keys and values; the function
-asks the layer behind a handle to attend. Layers that the plan leaves alone return tensors, and for those the function
-is transformers' ``sdpa`` with the mask that ``sdpa`` would have got. Causal masks stay two-dimensional until then, so
-that a long prompt doesn't cost a matrix of its length squared; all others, and those of a static cache, whose room is
-longer than what it holds, are made by transformers.
+A cache driven by an attention plan (``compress/runtime/plan_cache.py``) returns handles in the place of keys and
+values; the function asks the layer behind a handle to attend. Layers that the plan leaves alone return tensors, and for
+those the function is transformers' ``sdpa`` with the mask that ``sdpa`` would have got; what other layers take from
+them is held for these (``compress/share/echo.py``). Causal masks stay two-dimensional until then, so that a long prompt
+doesn't cost a matrix of its length squared; all others, and those of a static cache, whose room is longer than what it
+holds, are made by transformers.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
 from compress.kv.layer import NO_GRADIENTS, Handle
+from compress.share.echo import ECHO, Echo
 
 NAME = "compress_plan"
 _HARMLESS = (
@@ -53,9 +55,19 @@ def plan_attention(
     Raises:
         ValueError: an argument that isn't computed here, or one that needs gradients through a packed cache.
     """
+    echo: Echo | None = getattr(module, ECHO, None)
     if not isinstance(key, Handle):
         _refuse(module, kwargs, _SDPA)
-        return _plain(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        mask = _sdpa_mask(query, key, attention_mask)
+        if echo is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            index: Any = module.layer_idx
+            led = echo.lead(index, query, key, value, mask, scale)
+            if led is not None:
+                return led.transpose(1, 2), None
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    if echo is not None:
+        raise ValueError(f"layer {module.layer_idx} shares its attention and packs, searches or drops tokens too")
     _refuse(module, kwargs, packed=True)
     if dropout or (attention_mask is not None and attention_mask.dim() != 2):
         what = "dropout" if dropout else f"a mask of {attention_mask.dim()} dimensions"  # type: ignore[union-attr]
@@ -85,28 +97,19 @@ def _unknown(module: nn.Module, what: str, packed: bool) -> ValueError:
     return ValueError(problem)
 
 
-def _plain(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` with its own mask."""
-    if mask is None or mask.dim() == 2:
-        count, length = query.shape[2], key.shape[2]
-        mask = sdpa_mask(
-            batch_size=len(query),
-            q_length=count,
-            kv_length=length,
-            q_offset=length - count,
-            attention_mask=mask,
-            device=query.device,
-        )
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+def _sdpa_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask that transformers' ``sdpa`` would have got."""
+    if mask is not None and mask.dim() != 2:
+        return mask
+    count, length = query.shape[2], key.shape[2]
+    return sdpa_mask(
+        batch_size=len(query),
+        q_length=count,
+        kv_length=length,
+        q_offset=length - count,
+        attention_mask=mask,
+        device=query.device,
+    )
 
 
 def plan_mask(
