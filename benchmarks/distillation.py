@@ -114,7 +114,7 @@ def main(
 
         order = refitted(job, recipe.share, teacher)
         student = built(teacher, order, fitted=True)
-        settings = replace(distillation(recipe.share), source=source or text, windows=source_windows)
+        settings = replace(distillation(recipe.share), source=source or text, windows=source_windows, keep_minutes=0.5)
         learnt, origin = text_windows(settings, view, ids.ids, 1, lambda done, wanted: None)
         click.echo(f"learning from {origin}", err=True)
         trained = distil(Task(student, teacher, order.shares, learnt), settings, folder.path / name, show, model)

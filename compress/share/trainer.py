@@ -31,6 +31,7 @@ from compress.share.trainer_parts import consumers, first_layer, learning, train
 BETAS = (0.9, 0.95)
 PERCENT = 100
 FINISHED = "the budget is spent"
+WITHOUT_EFFECT = ("processes", "keep_steps", "keep_minutes")  # settings that don't change the outcome
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ class _Run:
 
     def _fingerprint(self) -> dict[str, Any]:
         return {
-            "settings": {**asdict(self.settings), "processes": None},
+            "settings": {**asdict(self.settings), **dict.fromkeys(WITHOUT_EFFECT)},
             "shares": {str(layer): asdict(share) for layer, share in sorted(self.task.shares.items())},
             "windows": digest({"ids": self.task.ids}),
             "student": digest(self.parameters),

@@ -185,7 +185,9 @@ def test_a_damaged_artifact_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("compress.bench.Worker", None)
     weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 0x55
+    weights.write_bytes(content)
     line = refused("bench", str(copy), "--against", str(tiny("llama")))
     assert line.startswith("error: ARTIFACT=")
     assert "is damaged: model.safetensors changed" in line
