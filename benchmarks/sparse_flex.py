@@ -69,7 +69,7 @@ def main(lengths: str, tokens: int, window: int, sink: int, rounds: int, heads: 
     torch.set_num_threads(1)
     query, kv, width = map(int, heads.split(","))
     policy = finder(TopK(tokens, "hip"), Search(sink=sink, window=window), 0)
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)
     click.echo("tokens  tiles visited  ours, found lists: x SDPA  FlexAttention: x SDPA  largest difference")
     for length in map(int, lengths.split(",")):
         generator = torch.Generator().manual_seed(length)
