@@ -12,7 +12,8 @@ them, at their own bytes. A row has means over seeds and the standard deviation 
         [--profile head_profile.json] [--plan moa=OUT/attention_plan.json] [--seeds 0,1,2] [--questions 10]
         [--threads 1] [--json FILE]
 
-What is in FILE isn't measured again, so that a run that was stopped goes on. `--scores ""` takes none.
+What is in FILE isn't measured again, so that a run that was stopped goes on. Scores that the profile has aren't
+measured; `--scores ""` takes all of the profile, and none without one.
 """
 
 import argparse
@@ -100,15 +101,16 @@ def perplexity(model: Any, windows: Tensor, plan: AttentionPlan) -> float:
 
 def taken(args: argparse.Namespace, kept: Kept, model: Any, tokenizer: Any) -> dict[str, Tensor]:
     """Scores by name, [layers, KV heads]."""
-    settings = ScoreSettings(lengths=(1024,))
-    found = {}
-    for name in filter(None, args.scores.split(",")):
-        values = kept.of(f"score {name}", lambda name=name: score(name, model, tokenizer, settings).tolist())  # type: ignore[misc]
-        found[name] = torch.tensor(values)
+    settings, names = ScoreSettings(lengths=(1024,)), list(filter(None, args.scores.split(",")))
+    known: dict[str, Tensor] = {}
     if args.profile is not None:
         profile = read_profile(args.profile)
         profile.check(model.config)
-        found |= {name: torch.tensor(values) for name, values in profile.scores.items()}
+        known = {name: torch.tensor(values) for name, values in profile.scores.items()}
+    found = {name: known[name] for name in (names or known) if name in known}
+    for name in (name for name in names if name not in known):
+        values = kept.of(f"score {name}", lambda name=name: score(name, model, tokenizer, settings).tolist())  # type: ignore[misc]
+        found[name] = torch.tensor(values)
     return found
 
 

@@ -74,7 +74,7 @@ def main(lengths: str, tokens: int, window: int, sink: int, rounds: int, heads: 
     for length in map(int, lengths.split(",")):
         generator = torch.Generator().manual_seed(length)
         q, k, v = (torch.randn(1, n, length, width, generator=generator) for n in (query, kv, kv))
-        blocks = policy.prompt(q, k)
+        blocks = policy.prompt(q, k, v, q.shape[2])
         mask = block_mask(blocks, length, query // kv)
         other = compiled(q, k, v, block_mask=mask, enable_gqa=True)
         difference = (other - block_attention(q, k, v, blocks)[0]).abs().max()

@@ -17,9 +17,10 @@ from compress.calibrate.errors import InputError
 from compress.checkpoint import read_json
 from compress.kv.filling import Shape, filled_bytes, match
 from compress.kv.schemes import DENSE, Scheme, from_plan, from_recipe, schemes
-from compress.plan import AttentionPlan, read_plan
+from compress.plan import AttentionPlan
 from compress.report_page import update_report
 from compress.source import locate
+from compress.sparse.sea_file import read_whole_plan
 
 OWN = "own"
 FIRST, MOST = 1024, 32768  # tokens; what is counted unless lengths are given, as far as the context goes
@@ -158,7 +159,7 @@ def _lengths(lengths: Sequence[int] | None, context: int | None) -> list[int]:
 def _subject(model: str, kv: str, config: PreTrainedConfig) -> Scheme:
     if kv == OWN:
         folder = locate(model).path
-        plan = None if folder is None or not folder.is_dir() else read_plan(folder)
+        plan = None if folder is None or not folder.is_dir() else read_whole_plan(folder, config)
         if plan is None:
             fix = "name a recipe: --kv zipcache-plus"
             raise InputError("ARTIFACT", model, "has no attention plan: its cache has 16 bits", fix=fix)
@@ -166,7 +167,7 @@ def _subject(model: str, kv: str, config: PreTrainedConfig) -> Scheme:
     path = Path(kv).expanduser()
     if path.suffix == ".json":
         return _checked(path.name, config, AttentionPlan.from_json(read_json(path, kv), kv))
-    if path.is_dir() and (plan := read_plan(path)) is not None:
+    if path.is_dir() and (plan := read_whole_plan(path, config)) is not None:
         return _checked(path.resolve().name, config, plan)
     try:
         return from_recipe(kv, config)

@@ -59,7 +59,7 @@ class TopK:
     """Far tokens that are searched for, ``k`` of them, by a policy; they aren't dropped, only not attended."""
 
     k: int = Field(ge=64)
-    policy: Literal["hip", "quest", "block_mean"] = "hip"
+    policy: Literal["hip", "quest", "block_mean", "sea"] = "hip"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -245,6 +245,8 @@ class AttentionPlan:
         scores: raw scores by method, [layers][KV heads].
         max_len_profiled: tokens of the longest text that a method looked at.
         version: of this schema.
+        estimators: what the policy ``sea`` has learnt (``compress/sparse/sea_file.py``), in a file of its own beside
+            this one; None until somebody reads it.
     """
 
     fingerprint: Fingerprint
@@ -257,6 +259,12 @@ class AttentionPlan:
     scores: dict[str, list[list[float]]] = field(default_factory=dict)
     max_len_profiled: int | None = None
     version: int = VERSION
+    estimators: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def searches(self) -> frozenset[str]:
+        """The policies by which heads search."""
+        return frozenset(head.topk.policy for layer in self.layers for head in layer.heads if head.topk is not None)
 
     @classmethod
     def empty(cls, config: Any) -> "AttentionPlan":
@@ -282,7 +290,7 @@ class AttentionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types; layers and heads that are alike are written once, defaults not at all."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "estimators")}
         found: dict[str, Any] = {"version": self.version, **{k: _plain(v) for k, v in plain.items() if k != "version"}}
         found = {key: value for key, value in found.items() if value not in (None, {}, [])}
         numbered = sorted(enumerate(self.layers), key=lambda pair: json.dumps(_layer(pair[1]), sort_keys=True))

@@ -78,6 +78,13 @@ class Recipe(Section):
                 "tuning needs calibration text, and the recipe has no section 'calibration'",
                 fix="add the section (`calibration: {}` or --calibration auto), or set weights.tune_epochs=0",
             )
+        if self.sparse is not None and self.sparse.method == "sea" and self.calibration is None:
+            raise InputError(
+                "sparse.method",
+                "sea",
+                "estimators learn from calibration text, and the recipe has no section 'calibration'",
+                fix="add the section (`calibration: {}` or --calibration auto), or use method hip",
+            )
         if self.kv is not None and self.kv.budget is not None and self.calibration is None:
             raise InputError(
                 "kv.budget",

@@ -18,8 +18,10 @@ from compress.heads.profile import FILE as HEAD_PROFILE
 from compress.job import Job
 from compress.kv.stage import recounted
 from compress.plan import FILE as PLAN
-from compress.plan import AttentionPlan, Head, Window, read_plan
+from compress.plan import AttentionPlan, Head, Window
 from compress.recipe import Recipe
+from compress.sparse.sea_file import FILE as SEA
+from compress.sparse.sea_file import read_whole_plan
 
 WRITES = {"heads": "window", "sparse": "topk", "kv": "kv", "act": "calibration"}
 """The part of a plan that each section writes."""
@@ -64,7 +66,7 @@ def taken_over(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> TakenO
     Raises:
         InputError: a plan for another model; one whose heads search, where the recipe has heads drop tokens.
     """
-    former = read_plan(folder) if folder.is_dir() else None
+    former = read_whole_plan(folder, config) if folder.is_dir() else None
     if former is None:
         return TakenOver()
     former.check(config)
@@ -87,7 +89,11 @@ def taken_over(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> TakenO
     return TakenOver(
         plan,
         {name: report[name] for name in kept if name in report},
-        (profile,) if "heads" in kept and profile.is_file() else (),
+        tuple(
+            path
+            for section, path in (("heads", profile), ("sparse", folder / SEA))
+            if section in kept and path.is_file()
+        ),
         (f"attention plan of the model: kept is {told}",),
     )
 
@@ -138,6 +144,7 @@ def without(plan: AttentionPlan, part: str) -> AttentionPlan:
         writers=writers,
         packing=None if part == "kv" else plan.packing,
         search=None if part == "topk" else plan.search,
+        estimators=None if part == "topk" else plan.estimators,
         budget=None if part == "window" else plan.budget,
         sources=tuple(source for source in plan.sources if source.method in writers.values()),
         scores={name: rows for name, rows in plan.scores.items() if name in writers.values()},

@@ -5,8 +5,8 @@ Queries and keys are seen after their norms and rotary embedding, whatever a fam
 transformers' SDPA attention. What other layers take from a layer is held for them (``compress/share/echo.py``).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -36,6 +36,16 @@ class Seen:
     value: Tensor
     scaling: float
     attend: Callable[[], Tensor]
+
+    def of(self, heads: Sequence[int]) -> "Seen":
+        """The same for some KV heads, with the query heads of their groups."""
+        chosen, group = list(heads), self.query.shape[1] // self.key.shape[1]
+
+        def attend() -> Tensor:
+            return self.attend().unflatten(2, (-1, group))[:, :, chosen].flatten(2, 3)
+
+        query = self.query.unflatten(1, (-1, group))[:, chosen].flatten(1, 2)
+        return replace(self, query=query, key=self.key[:, chosen], value=self.value[:, chosen], attend=attend)
 
 
 Tap = Callable[[Seen], Tensor]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.block_attention import BlockList, block_attention
+from compress.kernels.flash_prefill import flash_prefill
 from compress.kernels.segment_attention import Segment
 from compress.kv.arena import Change
 from compress.kv.bytes import KVBytes
@@ -18,7 +19,8 @@ from compress.kv.part import Call
 from compress.kv.plain import PlainPart, Reach
 from compress.kv.window import Tokens
 from compress.plan import Window
-from compress.sparse.finder import Finder, Found
+from compress.sparse.finder import Finder
+from compress.sparse.found import Found
 
 
 @dataclass
@@ -26,11 +28,11 @@ class Lists:
     """What a layer has found, for the layers that take its lists.
 
     Attributes:
-        rows: of the prompt at hand, by sequence.
-        token: of the newest token.
+        rows: of the prompt at hand, by sequence; None where everything is attended.
+        token: of the newest token; None likewise.
     """
 
-    rows: list[BlockList] = field(default_factory=list)
+    rows: list[BlockList | None] = field(default_factory=list)
     token: Found | None = None
 
 
@@ -50,6 +52,7 @@ class SearchedPart(PlainPart):
         self.finder, self._posted, self._taken = finder, posted, taken
         self._found: Found | None = None
         self._listed: Segment | None = None
+        self._queries: Tensor | None = None  # of the last tokens, where the finder has to see them
         self._sinks = self._window = torch.zeros(0, dtype=torch.int32)  # bounds [batch, heads, 2]
 
     def fresh(self) -> "SearchedPart":
@@ -63,60 +66,99 @@ class SearchedPart(PlainPart):
     def chunk(self, query: Tensor, new: Tokens, call: Call) -> Tensor:
         """See :class:`compress.kv.part.Part`."""
         held, places = self._joined(new, call)
+        known = self._known(query)
         if len(held) <= self.finder.gate:
-            return super().chunk(query, new, call)
+            out = super().chunk(query, new, call)
+            self._remember(known)
+            return out
         if self._posted is not None:
             self._posted.rows = []
         padding = (places < 0).sum(1).tolist()
         if not any(padding):
-            out = self._sparse(query, held.keys, held.values, call.scaling)
+            out = self._sparse(known, query.shape[2], held, call.scaling)
         else:
             out = torch.zeros_like(query)
             for b, first in enumerate(padding):
-                rows = slice(max(0, first - len(held) + query.shape[2]), None)
-                own = (query[b : b + 1, :, rows], held.keys[b : b + 1, :, first:], held.values[b : b + 1, :, first:])
-                out[b : b + 1, :, rows] = self._sparse(*own, call.scaling, b)
+                own = Tokens(held.keys[b : b + 1, :, first:], held.values[b : b + 1, :, first:])
+                rows = min(query.shape[2], len(own))
+                one = known[b : b + 1, :, -min(known.shape[2], len(own)) :]
+                out[b : b + 1, :, -rows:] = self._sparse(one, rows, own, call.scaling, b)
         self._hold(held, places)
+        self._remember(known)
         return out
 
-    def _sparse(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, sequence: int = 0) -> Tensor:
+    def _sparse(self, known: Tensor, rows: int, held: Tokens, scaling: float, sequence: int = 0) -> Tensor:
         """The last rows of a text, [batch, heads, rows, head_dim]; ``sequence`` is its number where it comes alone."""
-        blocks = self.finder.prompt(query, keys) if self._taken is None else self._taken.rows[sequence]
+        if self._taken is None:
+            blocks = self.finder.prompt(known, held.keys, held.values, rows)
+        else:
+            blocks = self._taken.rows[sequence]
         if self._posted is not None:
             self._posted.rows.append(blocks)
-        return block_attention(query, keys, values, blocks, scaling)[0]
+        query = known[:, :, -rows:]
+        if blocks is None:
+            return flash_prefill(query, held.keys, held.values, scaling)[0]
+        return block_attention(query, held.keys, held.values, blocks, scaling)[0]
 
     def step(self, query: Tensor, new: Tokens, scaling: float) -> Tensor:
         """See :class:`compress.kv.part.Part`."""
-        length = int(self.counts.max()) + 1
+        length, known = int(self.counts.max()) + 1, self._known(query)
         if length <= self.finder.gate:
+            self._remember(known)
             return super().step(query, new, scaling)
         self.append(new)
         counts = self.counts.to(self.near.keys.device)
-        self._found = found = self._search(query, counts)
+        self._found = found = self._search(known, counts)
+        self._remember(known)
+        if found is None:
+            self._forget()
+            out, _ = self.reader.read(query, self._segments, scaling)
+            return out.to(new.values.dtype)
         if found.fresh or self._listed is None:
             self._gather(found)
         self._window[..., 1] = counts[:, None]
         out, _ = self.reader.read(query, self._pieces, scaling)
         return out.to(new.values.dtype)
 
-    def _search(self, query: Tensor, counts: Tensor) -> Found:
+    def _search(self, known: Tensor, counts: Tensor) -> Found | None:
         """The list of a new token."""
         if self._taken is not None and self._taken.token is not None:
             return self._taken.token
-        found = self.finder.token(query, self.near.keys, counts, self._found)
+        found = self.finder.token(known, self.near.keys, self.near.values, counts, self._found)
         if self._posted is not None:
             self._posted.token = found
         return found
 
+    def _known(self, query: Tensor) -> Tensor:
+        """New queries behind those of earlier tokens that are remembered."""
+        return query if self._queries is None else torch.cat([self._queries, query], 2)
+
+    def _remember(self, known: Tensor) -> None:
+        """As many of the last queries as the finder has to see."""
+        if self.finder.earlier:
+            self._queries = known[:, :, -self.finder.earlier :].clone()
+
+    def keep(self, new: Tokens, call: Call) -> None:
+        """See :class:`compress.kv.part.Part`."""
+        super().keep(new, call)
+        self._queries = None
+
+    def crop(self, removed: Tensor) -> None:
+        """See :class:`compress.kv.part.Part`."""
+        super().crop(removed)
+        self._queries = None
+
     def change(self, change: Change) -> None:
         """See :class:`compress.kv.part.Part`."""
         super().change(change)
+        if self._queries is not None:
+            self._queries = change(self._queries)
         self._forget()
 
     def nbytes(self) -> KVBytes:
         """See :class:`compress.kv.part.Part`; the copy of what is listed is room that is allocated, not payload."""
         copied = 0 if self._listed is None else self._listed.keys.nbytes + self._listed.values.nbytes
+        copied += 0 if self._queries is None else self._queries.nbytes
         return super().nbytes() + KVBytes(0, 0, copied)
 
     def _look(self) -> None:

@@ -15,7 +15,8 @@ from compress.checkpoint import read_json
 from compress.device import pick_device, pick_dtype
 from compress.kernels.quant_linear import Activations
 from compress.model import open_model
-from compress.plan import AttentionPlan, read_plan
+from compress.plan import FILE as PLAN
+from compress.plan import AttentionPlan
 from compress.plan_order import as_loaded
 from compress.runtime.linear import ACTIVATIONS, Compute
 from compress.runtime.model import follow
@@ -25,6 +26,7 @@ from compress.runtime.plan_cache import PlanCache
 from compress.runtime.rotary import without_state
 from compress.share.config import MARK, folder_config
 from compress.source import GGUF_FILE, download, hub_config_folder, hub_weight_bytes, locate
+from compress.sparse.sea_file import read_whole_plan
 
 
 def load(
@@ -130,10 +132,11 @@ def find(model: str | Path, *, trust_remote_code: bool = False) -> Unloaded:
         return found
     if changed := changed_files(place.resolve()):
         raise InputError("--model", model, f"is damaged: {', '.join(changed)} changed since it was written")
-    plan = read_plan(place)
-    if plan is None:
+    if not (place / PLAN).is_file():
         return found
     config = folder_config(place, read_json(place / "config.json", str(model)))
+    plan = read_whole_plan(place, config)
+    assert plan is not None  # its file is there
     cache = partial(PlanCache, config, as_loaded(plan))
     return replace(found, plan=plan, cache=cache)
 

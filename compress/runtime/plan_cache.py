@@ -22,6 +22,7 @@ from compress.plan_compile import MOST_CLUSTERS
 from compress.plan_order import PERMUTED, as_loaded
 from compress.sparse.finder import Finder, finder
 from compress.sparse.gate import Heads, gate_of
+from compress.sparse.sea_file import Learned, check_learned
 
 FULL = "full_attention"
 
@@ -59,6 +60,7 @@ class PlanCache(Cache):
         if getattr(decoder, PERMUTED, False):
             plan = as_loaded(plan)
         self.plan, self.length, self.materialize = plan, length, materialize
+        check_learned(plan)
         for index, layer in enumerate(plan.layers):
             _check(plan, index, layer)
             if materialize:
@@ -94,7 +96,7 @@ class PlanCache(Cache):
         if rule.topk is not None:
             share = self.plan.layers[index].share
             taken = None if share is None else self._lists[share.source, rule]
-            return SearchedPart(self._finder(rule.topk), self._lists.get((index, rule)), taken)
+            return SearchedPart(self._finder(index, rule.topk, taken is None), self._lists.get((index, rule)), taken)
         if rule.calibration is not None:
             return CalibratedPart(rule.calibration)
         if rule.kv is None:
@@ -102,10 +104,14 @@ class PlanCache(Cache):
         assert self.plan.packing is not None
         return PackedPart(PackedFormat(self.plan.packing, rule.kv, index, self.rotation, blind=self.materialize))
 
-    def _finder(self, topk: TopK) -> Finder:
+    def _finder(self, index: int, topk: TopK, searches: bool) -> Finder:
+        """Of a layer; one that takes another's lists doesn't search itself."""
         assert self.plan.search is not None
         mark, search = self.plan.fingerprint, self.plan.search
-        return finder(topk, search, gate_of(topk, search, Heads(mark.heads, mark.kv_heads, mark.head_dim)))
+        learned: Learned | None = self.plan.estimators if topk.policy == "sea" else None
+        shape = None if learned is None else learned.header.shape
+        gate = gate_of(topk, search, Heads(mark.heads, mark.kv_heads, mark.head_dim), shape=shape)
+        return finder(topk, search, gate, None if learned is None or not searches else learned.estimator(index))
 
     def nbytes(self) -> KVBytes:
         """Bytes of all layers and of what they share; what isn't packed is payload."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from compress.schema.fields import Allowed, Section, Share, numbers
@@ -19,11 +19,11 @@ def _three(values: tuple[int, ...]) -> tuple[int, ...]:
 class Sparse(Section):
     """Dynamic sparse attention: far tokens are searched for (HiP, and what it is compared with)."""
 
-    method: Literal["hip", "quest", "block_mean"] = Field(
+    method: Literal["hip", "quest", "block_mean", "sea"] = Field(
         default="hip",
         description="What finds the blocks that a block of rows attends: hip (staged pruning of chunks by a binary"
         " descent, InfiniteHiP), quest (bounds of a block's products with the mean query), block_mean (products of"
-        " mean queries and mean keys).",
+        " mean queries and mean keys), sea (an estimator of the attention matrix, fitted to the frozen model).",
     )
     k: int = Field(default=1024, ge=LEAST_LISTED, description="Tokens that are searched for.")
     sink: int = Field(default=128, ge=0, description="First tokens, which are always attended.")
@@ -57,4 +57,16 @@ class Sparse(Section):
         ge=0,
         description="Tokens of a text on which the run measures, layer by layer, how much attention the lists see; 0"
         " leaves it out.",
+    )
+    sea_width: Literal[32, 64, 128, 256] = Field(
+        default=128, description="sea: columns of the attention matrix that is estimated."
+    )
+    sea_steps: int = Field(
+        default=700, ge=1, description="sea: steps of AdamW for each layer's estimator, one calibration window each."
+    )
+    sea_rate: Annotated[float, Gt(0)] = Field(default=2e-3, description="sea: the learning rate at its highest.")
+    sea_held_out: int = Field(
+        default=2,
+        ge=1,
+        description="sea: calibration windows that aren't learnt from; the best step is chosen by them.",
     )

@@ -1,7 +1,7 @@
 """A policy at work: the lists of a prompt, and the list of one new token after the other."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,23 +10,9 @@ from compress.kernels.block_attention import BlockList
 from compress.plan import Search, TopK
 from compress.sparse import hip
 from compress.sparse.baselines import Ranking, Shape, best_blocks, block_mean, key_blocks, mean_queries, quest
-
-
-@dataclass
-class Found:
-    """What one new token attends besides the sink.
-
-    Attributes:
-        blocks: the list, ``[B, Hkv, 1, K]``.
-        near: first slot of every sequence's window ``[B]``, which stays where it was until the next search.
-        fresh: whether the list is another than the former token's.
-        state: for the next token's search.
-    """
-
-    blocks: BlockList
-    near: Tensor
-    fresh: bool
-    state: Any
+from compress.sparse.found import Found, window_begin
+from compress.sparse.sea import Estimator
+from compress.sparse.sea_finder import SeaFinder, sea_budget
 
 
 class Finder(Protocol):
@@ -36,31 +22,53 @@ class Finder(Protocol):
     def gate(self) -> int:
         """Tokens up to which nothing is searched for."""
 
-    def prompt(self, q: Tensor, k: Tensor) -> BlockList:
-        """Lists for the last R of T tokens, ``q`` ``[B, H, R, D]`` and ``k`` ``[B, Hkv, T, D]``."""
+    @property
+    def earlier(self) -> int:
+        """Tokens before the new ones whose queries it has to see."""
 
-    def token(self, q: Tensor, k: Tensor, ends: Tensor, former: Found | None) -> Found:
+    def prompt(self, q: Tensor, k: Tensor, v: Tensor, rows: int) -> BlockList | None:
+        """Lists for the last R of T tokens of every sequence.
+
+        Args:
+            q: queries ``[B, H, n + R, D]``, of at most :attr:`earlier` tokens before them too.
+            k: keys ``[B, Hkv, T, D]``.
+            v: values ``[B, Hkv, T, D]``.
+            rows: R.
+
+        Returns:
+            None where too few queries are known: everything is attended.
+        """
+
+    def token(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, former: Found | None) -> Found | None:
         """The list for one new token of every sequence, after the former token's.
 
         Args:
-            q: queries ``[B, H, 1, D]``.
+            q: queries ``[B, H, n + 1, D]``, of at most :attr:`earlier` tokens before it too; of a sequence with fewer
+                tokens the last are its own.
             k: keys ``[B, Hkv, T, D]``, the new token's among them; every sequence begins at slot 0.
+            v: values ``[B, Hkv, T, D]``.
             ends: ``[B]``, one past each sequence's last slot.
             former: what the former token attended; None for the first one, or where tokens were exchanged since.
+
+        Returns:
+            As :meth:`prompt`.
         """
 
 
-def finder(topk: TopK, search: Search, gate: int) -> Finder:
+def finder(topk: TopK, search: Search, gate: int, estimator: Estimator | None = None) -> Finder:
     """The policy's finder.
 
     Args:
         topk: policy and tokens.
         search: how.
         gate: tokens up to which nothing is searched for.
+        estimator: of the layer, for the policy ``sea``; None for a layer that takes another one's lists.
 
     Raises:
         ValueError: sizes that don't fit each other, see :class:`compress.sparse.hip.HipSettings`.
     """
+    if topk.policy == "sea":
+        return SeaFinder(gate, estimator, sea_budget(topk, search), search.refresh[-1])
     if topk.policy == "hip":
         return _Hip(gate, hip_settings(topk, search))
     ranking = {"quest": quest, "block_mean": block_mean}[topk.policy]
@@ -84,11 +92,12 @@ def hip_settings(topk: TopK, search: Search) -> hip.HipSettings:
 class _Hip:
     gate: int
     settings: hip.HipSettings
+    earlier = 0
 
-    def prompt(self, q: Tensor, k: Tensor) -> BlockList:
+    def prompt(self, q: Tensor, k: Tensor, v: Tensor, rows: int) -> BlockList:
         return hip.search(q, k, self.settings)
 
-    def token(self, q: Tensor, k: Tensor, ends: Tensor, former: Found | None) -> Found:
+    def token(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, former: Found | None) -> Found:
         before: hip.HipState | None = None if former is None else former.state
         if former is not None and before is not None and not hip.due(before.step + 1, self.settings):
             before.step += 1
@@ -113,18 +122,18 @@ class _Ranked:
     ranking: Ranking
     shape: Shape
     refresh: int
+    earlier = 0
 
-    def prompt(self, q: Tensor, k: Tensor) -> BlockList:
+    def prompt(self, q: Tensor, k: Tensor, v: Tensor, rows: int) -> BlockList:
         return self.ranking(q, k, self.shape)
 
-    def token(self, q: Tensor, k: Tensor, ends: Tensor, former: Found | None) -> Found:
+    def token(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, former: Found | None) -> Found:
         before: _Ranks | None = None if former is None else former.state
         if former is not None and before is not None and (before.step + 1) % self.refresh:
             before.step += 1
             return replace(former, fresh=False)
         shape = self.shape
-        near = ends - shape.window
-        near = near - (near - shape.sink).clamp(min=0) % shape.block_k
+        near = window_begin(ends, shape.sink, shape.window, shape.block_k)
         full, known = int(ends.min()), None if before is None else before.summaries
         summaries = self._summaries(k[:, :, : int(ends.max())], known)
         scores = self.ranking.score(mean_queries(q, k.shape[1], shape), *summaries).amax(2)

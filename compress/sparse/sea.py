@@ -9,7 +9,7 @@ that the rows of a prompt, of its parts and of single new tokens are the same. I
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ CHUNK = 128  # rows whose products with each other are held at once
 DILATION = 2
 TALL = 3  # rows and columns of a convolution's kernel
 BEFORE = DILATION * (TALL - 1)  # earlier rows that a convolution looks at
+LOOKED_AT = 2 * BEFORE  # rows whose queries decide, with all keys and values, on every later row
 SHRUNK = 4  # pixels of the row that one pixel of the CNN stands for
 OPEN = 6.0  # bias of the scaler's sigmoids at first: the sparse output as it is
 
@@ -56,6 +57,10 @@ class Shape:
         for name in ("head_dim", "length", "places", "divisor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def of(self, kv_heads: int) -> "Shape":
+        """For so many KV heads of a layer, with the query heads of their groups."""
+        return replace(self, heads=self.heads // self.kv_heads * kv_heads, kv_heads=kv_heads)
 
     @property
     def features(self) -> int:
@@ -165,7 +170,7 @@ class Estimator(nn.Module):
         self.scaler = nn.Linear(2 * width, 2) if shape.mixed else None
         self._draw(generator)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, state: State | None = None) -> Rows:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, state: State | None = None, stretch: float = 1.0) -> Rows:
         """New rows of every sequence.
 
         Args:
@@ -173,15 +178,16 @@ class Estimator(nn.Module):
             k: keys of the same tokens ``[B, Hkv, n, D]``.
             v: values ``[B, Hkv, n, D]``.
             state: of the tokens before them; None: there are none.
+            stretch: factor of the tokens' positions, by which short sequences learn what long ones need.
 
         Raises:
             ValueError: other shapes, or more tokens than the estimator has positions for.
         """
         state = State.empty(self.shape, len(q), q.device) if state is None else state
-        self._check(q, k, v, state)
+        self._check(q, k, v, state, stretch)
         q, k, v = q.float(), k.float(), v.float()
         places = state.tokens[:, None] + torch.arange(q.shape[2], device=q.device)
-        table = self._positions(places)[:, None].expand_as(v)
+        table = self._positions(places if stretch == 1 else places * stretch)[:, None].expand_as(v)
         grouped = self._features(q).unflatten(1, (self.shape.kv_heads, -1))
         ones = torch.ones_like(v[..., :1])
         found, sums = prefix_attention(grouped, self._features(k), torch.cat([table, v, ones], -1), state.sums)
@@ -203,7 +209,32 @@ class Estimator(nn.Module):
         logits: Tensor = self(q, k, v).logits
         return logits.softmax(-1)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> None:
+    def resumed(self, q: Tensor, k: Tensor, v: Tensor) -> State:
+        """The state after whole sequences of which only the last queries are known: at least `LOOKED_AT`, or all.
+
+        Args:
+            q: the last queries ``[B, H, n, D]``.
+            k: keys of all T tokens ``[B, Hkv, T, D]``.
+            v: values ``[B, Hkv, T, D]``.
+
+        Raises:
+            ValueError: fewer queries.
+        """
+        before = k.shape[2] - q.shape[2]
+        if before and q.shape[2] < LOOKED_AT:
+            raise ValueError(f"{q.shape[2]} queries of {k.shape[2]} tokens are known, wanted are {LOOKED_AT}")
+        state = State.empty(self.shape, len(q), q.device)
+        if before:
+            keys, values = k[:, :, :before].float(), v[:, :, :before].float()
+            places = torch.arange(before, device=q.device)[None].expand(len(q), -1)
+            table = self._positions(places)[:, None].expand_as(values)
+            x = torch.cat([table, values, torch.ones_like(values[..., :1])], -1)
+            sums = self._features(keys).transpose(-1, -2) @ x
+            state = replace(state, tokens=state.tokens + before, sums=sums, values=values.sum(2))
+        after: State = self(q, k[:, :, before:], v[:, :, before:], state).state
+        return after
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, state: State, stretch: float) -> None:
         shape, (batch, rows) = self.shape, (q.shape[0], q.shape[2])
         wanted = (batch, shape.kv_heads, rows, shape.head_dim)
         if q.shape != (batch, shape.heads, rows, shape.head_dim) or k.shape != wanted or v.shape != wanted or not rows:
@@ -213,7 +244,7 @@ class Estimator(nn.Module):
             )
         if len(state.tokens) != batch:
             raise ValueError(f"the state is of {len(state.tokens)} sequences, the queries of {batch}")
-        most = int(state.tokens.max()) + rows
+        most = math.ceil((int(state.tokens.max()) + rows - 1) * stretch) + 1
         if most > shape.length:
             raise ValueError(f"the estimator was made for at most {shape.length} tokens, got {most}")
 
@@ -223,9 +254,9 @@ class Estimator(nn.Module):
 
     def _positions(self, places: Tensor) -> Tensor:
         """Rows of the table, ``[B, n]`` to ``[B, n, D]``."""
-        if self.shape.length == self.shape.rows:
+        if self.shape.length == self.shape.rows and not places.is_floating_point():
             return self.positions[places]
-        at = places * ((self.shape.rows - 1) / (self.shape.length - 1))
+        at = places * ((self.shape.rows - 1) / max(1, self.shape.length - 1))
         low = at.floor().long().clamp(max=self.shape.rows - 1)
         high = (low + 1).clamp(max=self.shape.rows - 1)
         return torch.lerp(self.positions[low], self.positions[high], (at - low)[..., None].float())

@@ -8,7 +8,8 @@ learns by itself, from the queries, keys and values that the layer sees anyway, 
 with the estimate stretched over the keys. The terms on the student's own attention and on its outputs fall away: they
 are the teacher's. Then, if asked for, the scaler learns from the output of the sparse attention.
 
-One layer is in hand at a time: its estimator, Adam's moments, and the residual streams of all sequences before it.
+One layer is in hand at a time: its estimator, Adam's moments, and of all sequences the residual stream before it and
+its queries, keys and values.
 """
 
 import math
@@ -112,7 +113,7 @@ def fit(
     shape: Shape,
     settings: FitSettings,
     start: FitState | None = None,
-    chosen: Sequence[int] | None = None,
+    chosen: Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[Progress]:
     """Fit estimators. While it runs the model attends through the tap; afterwards it is as it was.
 
@@ -122,7 +123,7 @@ def fit(
         shape: of the estimators.
         settings: see there.
         start: where an interrupted run was.
-        chosen: layers; None: all without a sliding window of the model's own.
+        chosen: KV heads by layer; None: all of all layers without a sliding window of the model's own.
 
     Yields:
         Progress after every step, and of every layer when it is finished; the last has the state with all of them.
@@ -131,14 +132,17 @@ def fit(
         InputError: too few sequences, sequences that are too long, or layers that aren't there.
     """
     layers = Layers(model)
-    chosen = layers.full if chosen is None else tuple(sorted(chosen))
+    if chosen is None:
+        chosen = dict.fromkeys(layers.full, tuple(range(shape.kv_heads)))
     _check(ids, shape, settings, chosen, layers)
     state = FitState() if start is None else start
     with _evaluating(model), layers.tapped():
         hidden = _embedded(layers, ids)
-        for index in range(chosen[-1] + 1 if chosen else 0):
+        for index in range(max(chosen, default=-1) + 1):
             if index in chosen and index not in state.finished:
-                for progress in _fit_layer(LayerFit(layers, hidden, index, shape, settings), state, settings):
+                heads = chosen[index]
+                own = LayerFit(layers, hidden, index, shape.of(len(heads)), settings, heads)
+                for progress in _fit_layer(own, state, settings):
                     state = progress.state
                     yield progress
             _advance(layers, index, hidden)
@@ -160,7 +164,9 @@ def _fit_layer(layer: LayerFit, state: FitState, settings: FitSettings) -> Itera
     yield Progress(layer.index, state.phase, steps, steps, done.figures.after, finished)
 
 
-def _check(ids: Tensor, shape: Shape, settings: FitSettings, chosen: Sequence[int], layers: Layers) -> None:
+def _check(
+    ids: Tensor, shape: Shape, settings: FitSettings, chosen: Mapping[int, Sequence[int]], layers: Layers
+) -> None:
     if not 1 <= settings.held_out < len(ids):
         allowed = f"1 to {len(ids) - 1} of {len(ids)} sequences"
         raise InputError(

@@ -95,13 +95,22 @@ class LayerFit:
         index: its number.
         shape: of the estimator.
         settings: see there.
+        heads: the KV heads that it is for; None: all.
     """
 
     def __init__(
-        self, layers: Layers, hidden: Sequence[Tensor], index: int, shape: Shape, settings: FitSettings
+        self,
+        layers: Layers,
+        hidden: Sequence[Tensor],
+        index: int,
+        shape: Shape,
+        settings: FitSettings,
+        heads: Sequence[int] | None = None,
     ) -> None:
-        self.layers, self.hidden, self.index, self.settings = layers, hidden, index, settings
+        self.layers, self.hidden, self.index, self.settings, self.heads = layers, hidden, index, settings, heads
         self.estimator = Estimator(shape, settings.seed * 1000 + index).to(layers.device)
+        self._seen: dict[int, Seen] = {}
+        self.longest = max(1.0, (shape.length - 1) / max(1, hidden[0].shape[1] - 1))
         self.positions = layers.positions(hidden[0])
         count = len(hidden) - settings.held_out
         self.learnt, self.held = range(count), range(count, len(hidden))
@@ -136,14 +145,21 @@ class LayerFit:
             drawn = torch.rand(len(rows), length, generator=generator)
             jitter = ((2 * drawn - 1) * JITTER).to(seen.query.device)
         rows = rows.to(seen.query.device)
-        logits = self.estimator(seen.query, seen.key, seen.value).logits[:, :, rows]
+        stretch = 1 + float(torch.rand((), generator=generator)) * (self.longest - 1)
+        logits = self.estimator(seen.query, seen.key, seen.value, stretch=stretch).logits[:, :, rows]
         estimate, attention = resize(logits, rows + 1, length, jitter), teacher(seen, rows)
         return divergence(attention, estimate) + (attention - estimate.exp()).square().sum(-1).mean()
 
     @torch.no_grad()
     def divergence(self) -> float:
-        """KL of the held-out sequences."""
-        return self._held(lambda seen, rows: self.estimator(seen.query, seen.key, seen.value).logits[:, :, rows])
+        """KL of the held-out sequences, from the first, as it is, to the last, stretched to the estimator's length."""
+        stretches = iter(torch.linspace(1, self.longest, len(self.held)).tolist())
+
+        def guess(seen: Seen, rows: Tensor) -> Tensor:
+            logits: Tensor = self.estimator(seen.query, seen.key, seen.value, stretch=next(stretches)).logits
+            return logits[:, :, rows]
+
+        return self._held(guess)
 
     @torch.no_grad()
     def bounds(self) -> tuple[float, float]:
@@ -173,7 +189,9 @@ class LayerFit:
 
     @torch.no_grad()
     def read(self, index: int) -> Seen:
-        """Queries, keys and values of a sequence."""
+        """Queries, keys and values of a sequence, held from the first time on."""
+        if index in self._seen:
+            return self._seen[index]
         shown: list[Seen] = []
 
         def see(seen: Seen) -> Tensor:
@@ -181,7 +199,8 @@ class LayerFit:
             return seen.query.transpose(1, 2)  # nobody wants this layer's output
 
         self.layers.run(self.index, self.hidden[index], self.positions, see)
-        return shown[0]
+        self._seen[index] = found = shown[0] if self.heads is None else shown[0].of(self.heads)
+        return found
 
     def _error(self, seen: Seen) -> Tensor:
         q, k, v = seen.query, seen.key, seen.value

@@ -31,8 +31,8 @@ class Budget:
         sink: first keys that every row sees.
         window: newest keys that every row sees, at least 1.
         shared: lists per KV head, for its whole group of query heads; else per query head.
-        apart: in prompts, list only blocks that no row's window reaches into, which kernels gather fastest; the last
-            rows of a block of rows then miss up to ``block_q + block_k - 2`` keys behind their window.
+        apart: in prompts, list only blocks that end before the window of their rows, which kernels gather fastest; the
+            window begins up to ``block_k - 1`` keys earlier for it, so that none is lost between.
     """
 
     keys: int = 512
@@ -130,14 +130,40 @@ def step(
     return Found(blocks, rows.state, rows.scales, rows.mean)
 
 
+@torch.no_grad()
+def chunk(estimator: Estimator, q: Tensor, k: Tensor, v: Tensor, budget: Budget, state: State) -> Found:
+    """Lists for further rows of sequences that begin at slot 0, in blocks as :func:`prompt` has them.
+
+    Args:
+        estimator: of the layer.
+        q: queries of the new tokens ``[B, H, R, D]``.
+        k: their keys ``[B, Hkv, R, D]``.
+        v: their values ``[B, Hkv, R, D]``.
+        budget: see there.
+        state: after the tokens before them.
+    """
+    found = []
+    for b in range(len(q)):
+        own = torch.tensor([b], device=q.device)
+        found.append(_sequence(estimator, (q[own], k[own], v[own]), budget, q.shape[2], 0, state.select(own)))
+    scales, mean = (_joined([getattr(part, name) for part in found], 0) for name in ("scales", "mean"))
+    blocks = _together([part.blocks for part in found], 0)
+    return Found(blocks, State.together([part.state for part in found]), scales, mean)
+
+
 def _sequence(
-    estimator: Estimator, tokens: tuple[Tensor, Tensor, Tensor], budget: Budget, rows: int, first: int
+    estimator: Estimator,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    budget: Budget,
+    rows: int,
+    first: int,
+    state: State | None = None,
 ) -> Found:
     """One sequence, queries, keys and values ``[1, heads, n, D]``, the last n of so many rows; a portion at a time."""
     shape, size, device = estimator.shape, budget.block_q, tokens[0].device
     padding = rows - tokens[0].shape[2]
     portion = max(size, PORTION // (shape.heads * shape.width) // size * size)
-    slot, state = torch.tensor([first], device=device), State.empty(shape, 1, device)
+    slot, state = torch.tensor([first], device=device), State.empty(shape, 1, device) if state is None else state
     lists: list[BlockList] = [_none(shape.heads, padding // size, budget, shape.kv_heads, device)]
     scales, mean = [], []
     for begin in range(padding // size * size, rows, portion):
@@ -167,14 +193,15 @@ def block_lists(estimate: Tensor, visible: Tensor, budget: Budget, first: Tensor
     begin = torch.arange(0, rows, size, device=visible.device)
     before = visible[:, None] - rows
     seen = before + (begin + size).clamp(max=rows)
-    limit = seen - budget.window
+    limit, slack = seen - budget.window, 0
     if budget.apart and rows > 1:
         near = before + begin + 1 - budget.window - budget.sink  # of the block's first row
-        limit = near.div(budget.block_k, rounding_mode="floor") * budget.block_k + budget.sink
+        whole = near.div(budget.block_k, rounding_mode="floor") * budget.block_k
+        limit, slack = whole + budget.sink, int((near - whole).max())
     pooled = pool(estimate, visible, budget, kv_heads)
     keys = max(0, -(-(int(limit.max()) - budget.sink) // budget.block_k))
     some = max(1, PORTION // max(1, pooled.shape[0] * pooled.shape[1] * max(keys, pooled.shape[3])))
-    return _together(
+    lists = _together(
         [
             _ascending(select(scores, tokens, end, budget, keys), first, budget)
             for scores, tokens, end in zip(
@@ -183,6 +210,7 @@ def block_lists(estimate: Tensor, visible: Tensor, budget: Budget, first: Tensor
         ],
         2,
     )
+    return replace(lists, window=budget.window + slack)
 
 
 def pool(estimate: Tensor, visible: Tensor, budget: Budget, kv_heads: int) -> Tensor:
@@ -242,6 +270,22 @@ def select(scores: Tensor, visible: Tensor, limit: Tensor, budget: Budget, keys:
     return touched & (start < end)[:, None]
 
 
+def token_list(estimate: Tensor, visible: Tensor, near: Tensor, budget: Budget, kv_heads: int) -> BlockList:
+    """The list of one new token of every sequence, which begins at slot 0.
+
+    Args:
+        estimate: compressed attention ``[B, H, 1, W]``.
+        visible: tokens of every sequence ``[B]``.
+        near: the first that the window shows ``[B]``, a whole number of blocks behind the sink.
+        budget: see there.
+        kv_heads: Hkv.
+    """
+    scores = pool(estimate, visible, budget, kv_heads)
+    keys = max(0, (int(near.max()) - budget.sink) // budget.block_k)
+    listed = select(scores, visible[:, None], near[:, None], budget, keys)
+    return _ascending(listed, torch.zeros_like(visible), budget)
+
+
 def _ascending(listed: Tensor, first: Tensor, budget: Budget) -> BlockList:
     """The lists of marks ``[B, N, blocks, keys]``."""
     counts = listed.sum(-1)
@@ -263,7 +307,8 @@ def _together(lists: list[BlockList], dim: int) -> BlockList:
     """Lists of several sequences (0) or blocks of rows (2)."""
     most = max(part.most for part in lists)
     starts = torch.cat([F.pad(part.starts, (0, most - part.most)) for part in lists], dim)
-    return replace(lists[0], starts=starts, counts=torch.cat([part.counts for part in lists], dim))
+    window = max(part.window for part in lists)
+    return replace(lists[0], starts=starts, counts=torch.cat([part.counts for part in lists], dim), window=window)
 
 
 def _joined(parts: list[Tensor | None], dim: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """The stage ``sparse``: which heads search for the tokens that they attend, and how, written into the attention plan.
 
-Nothing has to be learnt for it. The run measures on a text what the lists see of the true attention, layer by layer,
-and what they cost, so that the report says whether the search finds what the model looks at.
+Only SEA's estimators have to be learnt for it (``sea_stage.py``). The run measures on a text what the lists see of the
+true attention, layer by layer, and what they cost, so that the report says whether the search finds what the model
+looks at.
 """
 
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress.artifact.kept import kept_bytes
 from compress.artifact.packed_checkpoint import stored_view
@@ -19,6 +21,7 @@ from compress.calibrate.text import PYDOC, open_text
 from compress.device import pick_dtype
 from compress.evalsuite.sliding import context_of
 from compress.events import Message, StageDone, StageStarted
+from compress.heads.layers import Layers
 from compress.job import Estimate, Job
 from compress.kernels.block_attention import block_attention
 from compress.kv.copying import Place, copying_heads
@@ -30,12 +33,17 @@ from compress.recipe import Recipe
 from compress.schema import Sparse
 from compress.sparse.finder import Finder, finder
 from compress.sparse.recall import recall
+from compress.sparse.sea_file import POLICY, Learned
+from compress.sparse.sea_stage import check_fit, fit_estimators, fit_flops, learned_report, save_learned
 from compress.tap import NAME, Seen
+
+MAP_TOKENS = 1024  # of the text on which estimated attention is drawn
 
 PUBLISHED = {
     "hip": "HiP, staged search (arXiv 2502.08910)",
     "quest": "Quest (arXiv 2406.10774)",
     "block_mean": "block means",
+    "sea": "SEA (arXiv 2310.01777)",
 }
 
 
@@ -54,6 +62,9 @@ class SparseStage:
                 f"none of the model's {facts.num_layers} layers is left to search in",
                 allowed=f"at most {max(_full(facts), default=0)}",
             )
+        if settings.method == POLICY:
+            assert recipe.calibration is not None  # the recipe has seen to it
+            check_fit(facts, settings, recipe.calibration)
         if recipe.kv is not None:
             raise InputError(
                 "sparse",
@@ -87,22 +98,33 @@ class SparseStage:
         ]
         return Estimate(
             lines=lines,
-            flops=4.0 * tokens * facts.num_params,
+            flops=4.0 * tokens * facts.num_params + self._fit_flops(recipe, len(layers)),
             scratch_bytes=0,
-            memory_bytes=4 * facts.num_params if tokens else 0,
+            memory_bytes=4 * facts.num_params if tokens or settings.method == POLICY else 0,
             artifact_bytes=kept_bytes(facts, recipe),
             facts={"layers": layers},
         )
+
+    def _fit_flops(self, recipe: Recipe, layers: int) -> float:
+        settings = _present(recipe)
+        if settings.method != POLICY or recipe.calibration is None:
+            return 0.0
+        return fit_flops(settings, recipe.calibration, layers)
 
     def run(self, job: Job) -> None:
         """See :class:`compress.job.Stage`."""
         settings, facts = _present(job.recipe), job.view.facts
         started = time.perf_counter()
-        job.emit(StageStarted("sparse"))
+        job.emit(StageStarted("sparse", len(searching_layers(facts, settings)) if settings.method == POLICY else 0))
         copying = copying_heads(job, self.name, _places(facts, settings, job.plan), settings.copying_heads)
         job.plan = sparse_plan(facts, settings, job.plan, copying)
         tokens = _measured(facts, settings)
-        layers = list(_measurements(job, settings, tokens)) if tokens else []
+        model = _model(job) if tokens or settings.method == POLICY else None
+        if model is not None and settings.method == POLICY:
+            job.plan = replace(job.plan, estimators=_learned(job, settings, job.plan, model))
+        layers = [] if model is None or not tokens else list(_measurements(job, settings, model, tokens))
+        del model
+        release()
         job.report["sparse"] = report = _report(job.plan, settings, copying, tokens, layers)
         job.emit(Message(report["summary"]))
         job.emit(StageDone("sparse", time.perf_counter() - started))
@@ -170,15 +192,12 @@ def _measured(facts: ModelFacts, settings: Sparse) -> int:
 
 
 @torch.no_grad()
-def _measurements(job: Job, settings: Sparse, tokens: int) -> Iterator[dict[str, float]]:
+def _measurements(job: Job, settings: Sparse, model: PreTrainedModel, tokens: int) -> Iterator[dict[str, float]]:
     """Of one layer after the other, on a text of this length: see `_layer`."""
-    view = job.view if job.result is None else stored_view(job.view, job.result)
-    model = view.load_dense(pick_dtype(job.device)).to(job.device)
     model.set_attn_implementation(NAME)
-    text, tokenizer = "\n\n".join(open_text(PYDOC).documents), job.view.tokenizer()
-    ids = torch.tensor(tokenizer(text[: 16 * tokens], add_special_tokens=False)["input_ids"][:tokens])
-    policy = finder(TopK(settings.k, settings.method), search_of(settings), 0)
+    ids, topk, search = _text(job, tokens), TopK(settings.k, settings.method), search_of(settings)
     assert job.plan is not None  # the stage has written it
+    learned: Learned | None = job.plan.estimators
     searching = [_searching(layer) for layer in job.plan.layers]
     found: list[dict[str, float]] = []
 
@@ -187,13 +206,33 @@ def _measurements(job: Job, settings: Sparse, tokens: int) -> Iterator[dict[str,
         out = seen.attend()
         dense = time.process_time() - start
         if heads := searching[seen.layer]:
-            found.append(_layer(seen, policy, seen_tokens(settings), heads) | {"dense_seconds": dense})
+            policy = finder(topk, search, 0, None if learned is None else learned.estimator(seen.layer))
+            found.append(_layer(seen.of(heads), policy, seen_tokens(settings)) | {"dense_seconds": dense})
         return out
 
     model.base_model(input_ids=ids[None].to(job.device), tap=tap, use_cache=False)
-    del model
-    release()
     yield from found
+
+
+def _model(job: Job) -> PreTrainedModel:
+    """As the artifact will have it."""
+    view = job.view if job.result is None else stored_view(job.view, job.result)
+    return view.load_dense(pick_dtype(job.device)).to(job.device)
+
+
+def _text(job: Job, tokens: int) -> Tensor:
+    """Tokens of Python's documentation."""
+    text, tokenizer = "\n\n".join(open_text(PYDOC).documents), job.view.tokenizer()
+    return torch.tensor(tokenizer(text[: 16 * tokens], add_special_tokens=False)["input_ids"][:tokens])
+
+
+def _learned(job: Job, settings: Sparse, plan: AttentionPlan, model: PreTrainedModel) -> Learned:
+    """Estimators for the heads that search; their files go with the artifact."""
+    chosen = {index: heads for index, layer in enumerate(plan.layers) if (heads := _searching(layer))}
+    learned = fit_estimators(job, settings, search_of(settings), model, chosen)
+    ids = _text(job, min(MAP_TOKENS, learned.header.shape.length)).to(job.device)
+    job.files += save_learned(learned, Layers(model), ids, job.folder.path)
+    return learned
 
 
 def _searching(layer: Layer) -> list[int]:
@@ -201,14 +240,12 @@ def _searching(layer: Layer) -> list[int]:
     return [number for number, head in enumerate(layer.heads) if head.topk is not None]
 
 
-def _layer(seen: Seen, policy: Finder, first: int, heads: list[int]) -> dict[str, float]:
+def _layer(seen: Seen, policy: Finder, first: int) -> dict[str, float]:
     """Of rows from ``first`` on, before which all is attended: the mean share of attention that they see, the share
     that sinks and window alone have, and the processor's seconds, for the KV heads that search."""
-    group = seen.query.shape[1] // seen.key.shape[1]
-    queries = seen.query.unflatten(1, (-1, group))[:, heads].flatten(1, 2)
-    seen = replace(seen, query=queries, key=seen.key[:, heads], value=seen.value[:, heads])
     start = time.process_time()
-    blocks = policy.prompt(seen.query, seen.key)
+    blocks = policy.prompt(seen.query, seen.key, seen.value, seen.query.shape[2])
+    assert blocks is not None  # all queries are known
     searched = time.process_time()
     block_attention(seen.query, seen.key, seen.value, blocks, seen.scaling)
     attended = time.process_time()
@@ -230,6 +267,7 @@ def _report(
 ) -> dict[str, Any]:
     """The report's section ``sparse``."""
     heads = sum(head.topk is not None for layer in plan.layers for head in layer.heads)
+    learned: Learned | None = plan.estimators
     told = f"{PUBLISHED[settings.method]}: {heads} KV heads attend {seen_tokens(settings):,} tokens at most"
     mean: float | None = None
     if layers:
@@ -244,4 +282,4 @@ def _report(
         "measured_tokens": tokens,
         "recall": mean,
         "layers": layers,
-    }
+    } | ({} if learned is None else {"estimators": learned_report(learned)})

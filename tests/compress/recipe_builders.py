@@ -20,6 +20,7 @@ SHIPPED = [
     "rsq-paper",
     "rsq-tuned",
     "rtn",
+    "sea",
     "zipcache",
     "zipcache-plus",
 ]

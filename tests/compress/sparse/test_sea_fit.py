@@ -221,14 +221,14 @@ def whole(model: PreTrainedModel) -> list[Progress]:
 
 
 def test_only_chosen_layers_are_fitted(model: PreTrainedModel, whole: list[Progress]) -> None:
-    found = run(model, chosen=[1])[-1].state.finished
+    found = run(model, chosen={1: (0, 1)})[-1].state.finished
     assert found.keys() == {1}
     assert same(found[1].tensors, whole[-1].state.finished[1].tensors)
 
 
 def test_layers_with_a_window_of_their_own_are_left_alone() -> None:
     with pytest.raises(InputError, match="isn't a layer that attends to everything"):
-        run(build_model("qwen2"), chosen=[2])
+        run(build_model("qwen2"), chosen={2: (0,)})
 
 
 def test_what_cannot_be_fitted_is_told(model: PreTrainedModel) -> None:
