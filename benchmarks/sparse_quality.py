@@ -2,9 +2,9 @@
 
 OUT is an artifact with a section `sparse`; its plan says which heads search. Every way is for these heads: `sea` by
 the estimators of OUT, the others (`hip`, `quest`, `block_mean`) without any; `window` sees the sinks and as many newest
-tokens as the others see in all; `random` as many blocks as hip, anywhere (recall only). "answers" has perplexity and KL divergence from dense
-attention on windows of a text, read at once, processor seconds of that, and passkeys; "recall" the share of the true
-attention that the rows see, by layer, for rows that don't see everything.
+tokens as the others see in all; `random` as many blocks as hip, anywhere (recall only). "answers" has perplexity and KL
+divergence from dense attention on windows of a text, read at once, processor seconds of that, and passkeys; "recall"
+the share of the true attention that the rows see, by layer, for rows that don't see everything.
 
     python benchmarks/sparse_quality.py OUT --text TEST.txt [--ways hip,quest,block_mean,window,random] [--length 4096]
         [--windows 2] [--questions 5] [--k 512] [--window 128] [--sink 16] [--parts answers,recall] [--json FILE]
