@@ -222,8 +222,8 @@ class PlanWriter:
     def _check_head(self, place: str, head: Head) -> None:
         if head.topk is not None and not head.window.full:
             raise self._conflict(f"{place}: far tokens are searched for, and the window drops them", "topk", "window")
-        if head.topk is not None and head.kv is not None:
-            raise self._conflict(f"{place}: far tokens are searched for, and keys are packed", "topk", "kv")
+        if head.topk is not None and head.topk.policy == "sea" and head.kv is not None:
+            raise self._conflict(f"{place}: attention is estimated from all keys, and keys are packed", "topk", "kv")
         if head.calibration is not None and head.kv is not None and head.kv.scored:
             raise self._conflict(
                 f"{place}: attention is re-weighted, and saliency reads the same column sums", "calibration", "kv"

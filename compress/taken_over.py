@@ -20,6 +20,7 @@ from compress.kv.stage import recounted
 from compress.plan import FILE as PLAN
 from compress.plan import AttentionPlan, Head, Window
 from compress.recipe import Recipe
+from compress.sparse.packing import check_packed
 from compress.sparse.sea_file import FILE as SEA
 from compress.sparse.sea_file import read_whole_plan
 
@@ -112,23 +113,16 @@ def plan_mark(folder: Path, recipe: Recipe) -> dict[str, str]:
 
 def _refuse(folder: Path, recipe: Recipe, kept: Mapping[str, str], former: AttentionPlan) -> None:
     """Raise for what doesn't go together before anything is measured; the plan's writer would at the end."""
-    clashes = (
-        (
-            "sparse",
-            "heads",
-            "searches for far tokens",
-            "drops them",
-            "add --set sparse=hip",
-        ),
-        ("sparse", "kv", "searches for far tokens", "packs keys", "leave the section kv out"),
-        ("kv", "sparse", "packs keys", "searches among them", "leave the section sparse out"),
-    )
-    for name, section, does, wants, fix in clashes:
-        if name in kept and getattr(recipe, section) is not None:
-            who = former.writers[kept[name]]
-            raise InputError(
-                "--model", folder, f"its plan, by {who}, {does}, and the section {section} {wants}", fix=fix
-            )
+    if "sparse" in kept and recipe.heads is not None:
+        problem = (
+            f"its plan, by {former.writers[kept['sparse']]}, searches for far tokens, and the section heads drops them"
+        )
+        raise InputError("--model", folder, problem, fix="add --set sparse=hip")
+    if "sparse" in kept and recipe.kv is not None and former.search is not None:
+        (method, *_) = former.searches
+        check_packed(method, former.search.sink, former.search.window, recipe.kv)
+    if "kv" in kept and recipe.sparse is not None and former.packing is not None:
+        check_packed(recipe.sparse.method, recipe.sparse.sink, recipe.sparse.window, former.packing)
 
 
 def without(plan: AttentionPlan, part: str) -> AttentionPlan:

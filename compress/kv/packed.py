@@ -157,17 +157,19 @@ class PackedPart:
 
     def _prompt(self, query: Tensor, new: Tokens, call: Call) -> Tensor:
         """The first tokens of all attend one another in full precision."""
-        if call.ragged:
-            end = torch.full_like(call.first, len(new))
-            bounds = torch.stack([call.first, end], 1).to(query.device)
-            out, _ = flash_prefill(query, new.keys, new.values, call.scaling, bounds)
-        else:
-            out = F.scaled_dot_product_attention(
-                query, new.keys, new.values, is_causal=len(new) > 1, scale=call.scaling, enable_gqa=True
-            )
+        out = self._attended(query, new, call)
         if self.format.scored:
             self._score_prompt(query, new, call)
         return out
+
+    def _attended(self, query: Tensor, new: Tokens, call: Call) -> Tensor:
+        if call.ragged:
+            end = torch.full_like(call.first, len(new))
+            bounds = torch.stack([call.first, end], 1).to(query.device)
+            return flash_prefill(query, new.keys, new.values, call.scaling, bounds)[0]
+        return F.scaled_dot_product_attention(
+            query, new.keys, new.values, is_causal=len(new) > 1, scale=call.scaling, enable_gqa=True
+        )
 
     def _score_prompt(self, query: Tensor, new: Tokens, call: Call) -> None:
         packing = self.format.packing

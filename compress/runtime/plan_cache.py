@@ -16,12 +16,14 @@ from compress.kv.part import Part
 from compress.kv.plain import PlainPart, Reach
 from compress.kv.rotation import Rotation
 from compress.kv.searched import Lists, SearchedPart
+from compress.kv.searched_packed import SearchedPackedPart
 from compress.kv.taken import NothingLayer, ValuesLayer
 from compress.plan import FILE, AttentionPlan, Head, Layer, Share, TopK
 from compress.plan_compile import MOST_CLUSTERS
 from compress.plan_order import PERMUTED, as_loaded
 from compress.sparse.finder import Finder, finder
 from compress.sparse.gate import Heads, gate_of
+from compress.sparse.packing import unpacked
 from compress.sparse.sea_file import Learned, check_learned
 
 FULL = "full_attention"
@@ -93,7 +95,7 @@ class PlanCache(Cache):
         return MaterializedLayer(index, clusters) if self.materialize else PlanLayer(index, clusters)
 
     def _part(self, index: int, rule: Head) -> Part:
-        if rule.topk is not None:
+        if rule.topk is not None and rule.kv is None:
             share = self.plan.layers[index].share
             taken = None if share is None else self._lists[share.source, rule]
             return SearchedPart(self._finder(index, rule.topk, taken is None), self._lists.get((index, rule)), taken)
@@ -102,7 +104,11 @@ class PlanCache(Cache):
         if rule.kv is None:
             return PlainPart(Reach(rule.sink, rule.window, rule.stride, self.length))
         assert self.plan.packing is not None
-        return PackedPart(PackedFormat(self.plan.packing, rule.kv, index, self.rotation, blind=self.materialize))
+        packed = PackedFormat(self.plan.packing, rule.kv, index, self.rotation, blind=self.materialize)
+        if rule.topk is None:
+            return PackedPart(packed)
+        assert self.plan.search is not None
+        return SearchedPackedPart(packed, self._finder(index, rule.topk, True), self.plan.search.sink)
 
     def _finder(self, index: int, topk: TopK, searches: bool) -> Finder:
         """Of a layer; one that takes another's lists doesn't search itself."""
@@ -172,14 +178,36 @@ def _check(plan: AttentionPlan, index: int, layer: Layer) -> None:
     if any(head.kv for head in layer.heads) and plan.packing is None:
         raise InputError(FILE, None, f"layer {index}: KV bits are given, and not how tokens are packed")
     searching = [head for head in layer.heads if head.topk is not None]
-    if any(head.kv is not None or not head.window.full or head.stride is not None for head in searching):
-        problem = f"layer {index}: a KV head that searches for far tokens packs or drops some too"
-        raise InputError(FILE, None, problem, allowed="a head that searches keeps all tokens at 16 bits")
+    if any(not head.window.full or head.stride is not None for head in searching):
+        problem = f"layer {index}: a KV head that searches for far tokens drops some too"
+        raise InputError(FILE, None, problem, allowed="a head that searches keeps all tokens")
     if searching and plan.search is None:
         raise InputError(FILE, None, f"layer {index}: far tokens are to be searched for, and not how")
+    if any(head.kv is not None for head in searching):
+        _check_packed_search(plan, index, layer)
     if len(_rules(layer)) > MOST_CLUSTERS:
         problem = f"layer {index} has {len(_rules(layer))} different rules"
         raise InputError(FILE, None, problem, allowed=f"at most {MOST_CLUSTERS} a layer")
+
+
+def _check_packed_search(plan: AttentionPlan, index: int, layer: Layer) -> None:
+    """Raise for packed keys that can't be searched among."""
+    search, packing = plan.search, plan.packing
+    assert search is not None
+    assert packing is not None
+    if "sea" in plan.searches:
+        problem = f"layer {index}: attention is estimated from all keys, and keys are packed"
+        raise InputError(FILE, None, problem, allowed="the policies hip, quest and block_mean")
+    if layer.share is not None or any(other.share and other.share.source == index for other in plan.layers):
+        problem = f"layer {index} shares its lists, and searches among packed keys"
+        raise InputError(FILE, None, problem, allowed="layers that share lists keep 16 bits")
+    apart = unpacked(packing)
+    if search.sink < packing.sinks or search.window < apart:
+        problem = (
+            f"heads that search among packed keys attend {search.sink} first and {search.window} newest tokens, and "
+            f"{packing.sinks} and up to {apart} aren't packed"
+        )
+        raise InputError(FILE, None, problem, allowed=f"sink from {packing.sinks}, window from {apart}")
 
 
 def _check_share(plan: AttentionPlan, index: int, share: Share) -> None:

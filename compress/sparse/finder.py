@@ -9,8 +9,8 @@ from torch import Tensor
 from compress.kernels.block_attention import BlockList
 from compress.plan import Search, TopK
 from compress.sparse import hip
-from compress.sparse.baselines import Ranking, Shape, best_blocks, block_mean, key_blocks, mean_queries, quest
-from compress.sparse.found import Found, window_begin
+from compress.sparse.baselines import Ranking, Shape, best_blocks, block_mean, mean_queries, quest
+from compress.sparse.found import Found, Keys, window_begin
 from compress.sparse.sea import Estimator
 from compress.sparse.sea_finder import SeaFinder, sea_budget
 
@@ -39,14 +39,14 @@ class Finder(Protocol):
             None where too few queries are known: everything is attended.
         """
 
-    def token(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, former: Found | None) -> Found | None:
+    def token(self, q: Tensor, k: Tensor | Keys, v: Tensor | Keys, ends: Tensor, former: Found | None) -> Found | None:
         """The list for one new token of every sequence, after the former token's.
 
         Args:
             q: queries ``[B, H, n + 1, D]``, of at most :attr:`earlier` tokens before it too; of a sequence with fewer
                 tokens the last are its own.
             k: keys ``[B, Hkv, T, D]``, the new token's among them; every sequence begins at slot 0.
-            v: values ``[B, Hkv, T, D]``.
+            v: values ``[B, Hkv, T, D]``; of keys that don't lie in one tensor, these again.
             ends: ``[B]``, one past each sequence's last slot.
             former: what the former token attended; None for the first one, or where tokens were exchanged since.
 
@@ -97,7 +97,7 @@ class _Hip:
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, rows: int) -> BlockList:
         return hip.search(q, k, self.settings)
 
-    def token(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, former: Found | None) -> Found:
+    def token(self, q: Tensor, k: Tensor | Keys, v: Tensor | Keys, ends: Tensor, former: Found | None) -> Found:
         before: hip.HipState | None = None if former is None else former.state
         if former is not None and before is not None and not hip.due(before.step + 1, self.settings):
             before.step += 1
@@ -127,25 +127,27 @@ class _Ranked:
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, rows: int) -> BlockList:
         return self.ranking(q, k, self.shape)
 
-    def token(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, former: Found | None) -> Found:
+    def token(self, q: Tensor, k: Tensor | Keys, v: Tensor | Keys, ends: Tensor, former: Found | None) -> Found:
         before: _Ranks | None = None if former is None else former.state
         if former is not None and before is not None and (before.step + 1) % self.refresh:
             before.step += 1
             return replace(former, fresh=False)
         shape = self.shape
         near = window_begin(ends, shape.sink, shape.window, shape.block_k)
-        full, known = int(ends.min()), None if before is None else before.summaries
-        summaries = self._summaries(k[:, :, : int(ends.max())], known)
-        scores = self.ranking.score(mean_queries(q, k.shape[1], shape), *summaries).amax(2)
+        full, known = int(near.min()), () if before is None else before.summaries
+        summaries = self._summaries(k, known, max(shape.sink, int(near.max())))
+        queries = mean_queries(q, k.shape[1], shape)
+        scores = self.ranking.score(queries, *(own.float() for own in summaries)).amax(2)
         starts, counts = best_blocks(scores, near[:, None, None], shape)
         blocks = BlockList(starts, counts, shape.block_q, shape.block_k, shape.sink, shape.window)
         kept = max(0, full - shape.sink) // shape.block_k
         return Found(blocks, near.clamp(min=0), True, _Ranks(0, tuple(own[:, :, :kept] for own in summaries)))
 
-    def _summaries(self, k: Tensor, known: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Of all blocks; those that were full before aren't looked at again."""
-        if known is None:
-            return self.ranking.summary(key_blocks(k, self.shape))
-        rest = replace(self.shape, sink=self.shape.sink + known[0].shape[2] * self.shape.block_k)
-        new = self.ranking.summary(key_blocks(k, rest))
-        return tuple(torch.cat(pair, 2) for pair in zip(known, new, strict=True))
+    def _summaries(self, k: Tensor | Keys, known: tuple[Tensor, ...], end: int) -> tuple[Tensor, ...]:
+        """Of all blocks before a place; those that are known aren't looked at again. Beside packed keys in 16 bits."""
+        shape, packed = self.shape, not isinstance(k, Tensor)
+        first = shape.sink + (known[0].shape[2] * shape.block_k if known else 0)
+        keys = k[:, :, first:end].float() if isinstance(k, Tensor) else k.span(first, end)
+        new = self.ranking.summary(keys.unflatten(2, (-1, shape.block_k)))
+        new = tuple(own.half() for own in new) if packed else new
+        return tuple(torch.cat(pair, 2) for pair in zip(known, new, strict=True)) if known else new

@@ -1,11 +1,30 @@
-"""What a search finds for one new token."""
+"""What a search for one new token reads, and what it finds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from compress.kernels.block_attention import BlockList
+
+Scores = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""As :func:`compress.kernels.chunk_scores.chunk_scores`, without its keys, which are known."""
+
+
+class Keys(Protocol):
+    """Keys [B, Hkv, T, D] that don't lie in one tensor."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As of the tensor."""
+
+    @property
+    def scores(self) -> Scores:
+        """Of chunks."""
+
+    def span(self, first: int, end: int) -> Tensor:
+        """Keys at consecutive places, ``[B, Hkv, end - first, D]`` float32."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.kernels.block_attention import BlockList
 from compress.kernels.chunk_scores import chunk_scores
+from compress.sparse.found import Keys, Scores
 
 QUERIES = 1 << 21  # bytes of pooled queries that are treated at once, over all KV heads
 LEAST_KEPT = 2048  # tokens that a stage keeps, however short the text is
@@ -125,7 +126,7 @@ def due(step: int, settings: HipSettings) -> list[int]:
     return [n for n, stage in enumerate(settings.stages) if step % stage.refresh == 0]
 
 
-def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | None, ends: Tensor) -> HipState:
+def refreshed(q: Tensor, k: Tensor | Keys, settings: HipSettings, state: HipState | None, ends: Tensor) -> HipState:
     """The list for one new token of every sequence, searched for from the first stage on whose interval is over.
 
     Args:
@@ -141,7 +142,7 @@ def refreshed(q: Tensor, k: Tensor, settings: HipSettings, state: HipState | Non
 class _Search:
     """One search; N counts sequences, KV heads and blocks of rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, settings: HipSettings, ends: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor | Keys, settings: HipSettings, ends: Tensor) -> None:
         self.settings = settings
         (self.batch, heads, self.rows, self.width), (_, self.kv_heads, self.length, _) = q.shape, k.shape
         self.blocks = -(-self.rows // settings.block_q)
@@ -151,8 +152,8 @@ class _Search:
         far = (self.place - settings.window + 1).int()
         self.slack = (far - settings.sink) % settings.block_k  # alike for all blocks of rows
         self.far = far - self.slack
-        keys = k if k.is_contiguous() else k.contiguous()
-        self.keys = keys.view(-1, self.width)
+        self.device = device
+        self.scores = _scores(k) if isinstance(k, Tensor) else k.scores
         self.base = torch.arange(self.batch * self.kv_heads, device=device).int() * self.length
         padding = self.blocks * settings.block_q - self.rows
         queries = q.unflatten(1, (self.kv_heads, heads // self.kv_heads))
@@ -164,7 +165,7 @@ class _Search:
         """Of all blocks of rows, some at a time."""
         settings = self.settings
         most = max(1, min(settings.k, self.length) // settings.block_k)
-        starts = torch.zeros(self.batch, self.kv_heads, self.blocks, most, dtype=torch.int32, device=self.keys.device)
+        starts = torch.zeros(self.batch, self.kv_heads, self.blocks, most, dtype=torch.int32, device=self.device)
         counts = torch.zeros(starts.shape[:3], dtype=torch.int32, device=starts.device)
         row = self.queries.shape[2] * settings.block_q * self.width * self.queries.element_size()
         size = max(1, QUERIES // max(1, row * self.kv_heads * self.batch))
@@ -205,7 +206,7 @@ class _Search:
         chunk = self.settings.stages[0].chunk
         reach = int(self.far[:, some].max()) if self.far[:, some].numel() else 0
         sink = self.settings.sink
-        grid = torch.arange(sink, max(sink, reach), chunk, device=self.keys.device, dtype=torch.int32)
+        grid = torch.arange(sink, max(sink, reach), chunk, device=self.device, dtype=torch.int32)
         starts = grid.expand(self.batch, self.kv_heads, some.stop - some.start, -1)
         whole = chunk if len(self.settings.stages) == 1 else 1
         return self._allowed(starts.flatten(0, 2), some, whole)
@@ -241,7 +242,7 @@ class _Search:
         if chunks.shape[1] <= count:
             return chunks
         ends = self._ends(some)
-        scores = chunk_scores(self._pooled(some, stage.pool), self.keys, self._bases(some), chunks, ends, stage.chunk)
+        scores = self.scores(self._pooled(some, stage.pool), self._bases(some), chunks, ends, stage.chunk)
         best = scores.topk(count, dim=1).indices.sort(dim=1).values
         return chunks.gather(1, best)
 
@@ -266,6 +267,16 @@ class _Search:
     def _allowed(self, chunks: Tensor, some: slice, whole: int) -> Tensor:
         """Chunks of which at least ``whole`` slots may be listed; -1 for the others."""
         return chunks.masked_fill(chunks + whole > self._ends(some)[:, None], -1)
+
+
+def _scores(k: Tensor) -> Scores:
+    """Of chunks of keys [B, Hkv, T, D]."""
+    keys = k.contiguous().view(-1, k.shape[3])
+
+    def scores(q: Tensor, base: Tensor, starts: Tensor, ends: Tensor, chunk: int) -> Tensor:
+        return chunk_scores(q, keys, base, starts, ends, chunk)
+
+    return scores
 
 
 def _present(state: HipState | None) -> HipState:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.kernels.block_attention import BlockList
 from compress.plan import Search, TopK
-from compress.sparse.found import Found, window_begin
+from compress.sparse.found import Found, Keys, window_begin
 from compress.sparse.sea import LOOKED_AT, Estimator, State
 from compress.sparse.sea_mask import Budget, chunk, prompt, token_list
 
@@ -61,8 +61,10 @@ class SeaFinder:
         state = estimator.resumed(q[:, :, :known], k[:, :, :before], v[:, :, :before])
         return chunk(estimator, q[:, :, known:], k[:, :, before:], v[:, :, before:], self.budget, state).blocks
 
-    def token(self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, former: Found | None) -> Found | None:
-        """See :class:`compress.sparse.finder.Finder`."""
+    def token(self, q: Tensor, k: Tensor | Keys, v: Tensor | Keys, ends: Tensor, former: Found | None) -> Found | None:
+        """See :class:`compress.sparse.finder.Finder`; keys and values are tensors."""
+        assert isinstance(k, Tensor)  # a plan that packs them is refused
+        assert isinstance(v, Tensor)
         before: SeaState | None = None if former is None else former.state
         if former is not None and before is not None and before.step + 1 < self.refresh:
             before.step += 1

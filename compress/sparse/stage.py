@@ -32,6 +32,7 @@ from compress.plan_writer import PlanWriter
 from compress.recipe import Recipe
 from compress.schema import Sparse
 from compress.sparse.finder import Finder, finder
+from compress.sparse.packing import check_packed
 from compress.sparse.recall import recall
 from compress.sparse.sea_file import POLICY, Learned
 from compress.sparse.sea_stage import check_fit, fit_estimators, fit_flops, learned_report, save_learned
@@ -66,12 +67,7 @@ class SparseStage:
             assert recipe.calibration is not None  # the recipe has seen to it
             check_fit(facts, settings, recipe.calibration)
         if recipe.kv is not None:
-            raise InputError(
-                "sparse",
-                settings.method,
-                "searches among keys of 16 bits, and the section kv packs them",
-                fix="leave one of the two out",
-            )
+            check_packed(settings.method, settings.sink, settings.window, recipe.kv)
         if settings.block_q % settings.block_k or settings.block_q % settings.pool:
             problem = f"isn't a multiple of sparse.block_k={settings.block_k} and of sparse.pool={settings.pool}"
             nearest = -(-settings.block_q // settings.block_k) * settings.block_k

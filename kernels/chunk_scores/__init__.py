@@ -1,5 +1,7 @@
 """How promising chunks of keys are: the inner stage of HiP's search."""
 
+from collections.abc import Callable
+
 import torch
 from compress.kernels import dispatch
 from compress.kernels.chunk_scores import cpu
@@ -7,7 +9,7 @@ from compress.kernels.chunk_scores import reference as _reference
 from compress.kernels.chunk_scores import triton as _triton
 from torch import Tensor
 
-__all__ = ["chunk_scores", "path"]
+__all__ = ["chunk_scores", "descend", "path"]
 
 MOST_ROWS = 128  # of pooled queries, which a GPU holds at once
 
@@ -40,6 +42,22 @@ def chunk_scores(q: Tensor, k: Tensor, base: Tensor, starts: Tensor, ends: Tenso
     if q.device.type == "cpu":
         return cpu.chunk_scores(q, k, base, starts, ends, chunk)
     return _reference.chunk_scores(q, k, base, starts, ends, chunk)
+
+
+def descend(
+    q: Tensor, read: Callable[[Tensor], Tensor], base: Tensor, starts: Tensor, ends: Tensor, chunk: int
+) -> Tensor:
+    """:func:`chunk_scores` of keys that lie elsewhere; PyTorch on every device, nothing is checked.
+
+    Args:
+        q: as there.
+        read: keys ``[n, D]`` float32 in slots ``[n]``, which are counted over all keys.
+        base: as there.
+        starts: as there.
+        ends: as there.
+        chunk: as there.
+    """
+    return cpu.descend(q, read, base, starts, ends, chunk)
 
 
 def path(q: Tensor) -> dispatch.Path:

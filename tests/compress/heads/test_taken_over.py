@@ -114,8 +114,8 @@ def test_new_weights_take_no_plan_along(model: Path, tmp_path: Path) -> None:
     ("first", "then", "told"),
     [
         ({"sparse": SPARSE}, {"heads": HEADS}, "searches for far tokens, and the section heads drops them"),
-        ({"sparse": SPARSE}, {"kv": KV}, "and the section kv packs keys"),
-        ({"kv": KV}, {"sparse": SPARSE}, "packs keys, and the section sparse searches among them"),
+        ({"sparse": SPARSE}, {"kv": {}}, r"sparse\.window=64: is less than what the packed cache keeps apart"),
+        ({"kv": KV}, {"sparse": {**SPARSE, "sink": 1}}, r"sparse\.sink=1: is less than what the packed cache keeps"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_measured(

@@ -64,8 +64,10 @@ def test_what_cannot_be_is_refused(llama: Path, changed: dict[str, Any], told: s
     assert re.search(told, refusal(llama, **changed))
 
 
-def test_packed_keys_are_not_searched(llama: Path) -> None:
-    assert "packs them" in refusal(llama, {"kv": {}})
+def test_what_the_packed_cache_keeps_apart_is_seen_by_every_search(llama: Path) -> None:
+    told = "is less than what the packed cache keeps apart"
+    assert f"sparse.window=64: {told}; allowed: from 256" in refusal(llama, {"kv": {}})
+    assert f"sparse.sink=2: {told}" in refusal(llama, {"kv": {"first_flush": 10, "flush": 4, "window_min": 8}}, sink=2)
 
 
 def test_the_artifact_searches(llama: Path, tmp_path: Path) -> None:
