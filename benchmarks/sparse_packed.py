@@ -1,8 +1,8 @@
 """What a search among packed keys saves while tokens are written: a packed cache against itself, one thread.
 
 Random keys and values of one layer fill two caches of a recipe's section `kv`; one attends all that is packed, the
-other what a search finds, at its intervals. The sides and fp32 SDPA over the unpacked tokens take turns, token by token;
-a row gives mean processor milliseconds a token, ratios of sums over 32 tokens (median, least and largest), and the
+other what a search finds, at its intervals. The sides and fp32 SDPA over the unpacked tokens take turns, token by
+token; a row gives mean processor milliseconds a token, ratios of sums over 32 tokens (median, least, largest), and the
 allocated bytes of both caches.
 
     python benchmarks/sparse_packed.py [--lengths 4096,8192,16384,32768] [--methods hip,quest,block_mean]
