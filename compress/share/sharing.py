@@ -27,6 +27,7 @@ from compress.share.pairs import Candidates, blocks, candidates, named
 from compress.share.refit import Fit
 from compress.share.search import Measured, State, search
 from compress.share.similarity import Similarity, look
+from compress.share.timing import decode_times
 from compress.share.trial import Course, Fitted, Trial, put
 from compress.share.workbench import Text, Workbench
 from compress.tap import Seen
@@ -123,6 +124,14 @@ class Sharer:
         bench.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
         return shares, bench.fits
+
+    def times(self, shares: Mapping[int, Share], fits: Mapping[int, Fit]) -> dict[str, Any]:
+        """What a token takes, with and without sharing; see :func:`compress.share.timing.decode_times`."""
+        if "decode" not in self.state:
+            fitted = {layer: found.fitted for layer, found in fits.items()}
+            self.state["decode"] = decode_times(self.trial, shares, fitted, self.text.held.shape[1])
+            self.job.folder.save()
+        return dict(self.state["decode"])
 
     def apply(self, shares: Mapping[int, Share], fits: Mapping[int, Fit]) -> None:
         """Let the model share for good."""

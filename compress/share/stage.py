@@ -119,6 +119,7 @@ def _shared(job: Job, settings: Sharing) -> dict[int, Share]:
     shares: dict[int, Share] = {}
     if chosen:
         shares, fits = sharer.fit(chosen, similarity)
+        report["decode"] = sharer.times(shares, fits)
         sharer.apply(shares, fits)
         if settings.distill:
             report["distillation"] = _distilled(job, settings, sharer, shares, dense)

@@ -31,6 +31,7 @@ def sharing(report: Mapping[str, Any]) -> Section | None:
     pairs = found.get("layers") or []
     blocks: list[Block] = [Note(sentence(str(found["summary"])), "" if pairs else "bad")]
     blocks += _steps(found)
+    blocks += _savings(found)
     blocks += _map(found, pairs)
     blocks += _pairs(pairs)
     blocks += _search(found)
@@ -59,6 +60,23 @@ def _steps(found: Mapping[str, Any]) -> list[Block]:
             grown = "" if name == "dense" else change(100 * (value / dense - 1), 2)
             rows.append((meaning, number(value, 2), grown))
     return [Table("Perplexity on held-out text", ("Step", "Perplexity", "Growth"), tuple(rows), frozenset({1, 2}))]
+
+
+def _savings(found: Mapping[str, Any]) -> list[Block]:
+    """Parameters, cache and time of a token, before and after."""
+    rows = []
+    if is_number(gone := found.get("dropped_share")):
+        rows.append(("parameters", f"{percent(gone, 1)} less", f"{found.get('dropped_parameters', 0):,} weights"))
+    decode = found.get("decode") or {}
+    if is_number(held := decode.get("dense_bytes")) and is_number(own := decode.get("shared_bytes")):
+        rows.append(("KV cache", f"{percent(1 - own / held, 1)} less", f"{held / 1e6:.1f} MB -> {own / 1e6:.1f} MB"))
+    if is_number(before := decode.get("dense_ms")) and is_number(after := decode.get("shared_ms")):
+        faster = f"{change(100 * decode['faster'], 1)} tokens a second"
+        rows.append((f"a token behind {decode['tokens']:,}", faster, f"{before:.1f} ms -> {after:.1f} ms"))
+    if not rows:
+        return []
+    caption = "What it saves; times in this run, the model against itself, before weights were quantized"
+    return [Table(caption, ("", "", "Measured"), tuple(rows), frozenset({1, 2}))]
 
 
 def _map(found: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> list[Block]:
