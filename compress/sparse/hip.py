@@ -20,7 +20,8 @@ from compress.kernels.chunk_scores import chunk_scores
 from compress.sparse.found import Keys, Scores
 
 QUERIES = 1 << 21  # bytes of pooled queries that are treated at once, over all KV heads
-LEAST_KEPT = 2048  # tokens that a stage keeps, however short the text is
+LEAST_KEPT = 4096  # tokens that a stage keeps of a prompt, however short it is
+LEAST_OF_TOKEN = 2048  # the same for a new token, whose search is paid for again and again
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Stage:
     share: float
     refresh: int
 
-    def kept(self, length: int) -> int:
-        """Tokens that the stage looks at."""
-        return length if self.keep == 0 else min(self.keep, max(LEAST_KEPT, int(self.share * length)))
+    def kept(self, length: int, least: int = LEAST_KEPT) -> int:
+        """Tokens that the stage looks at, ``least`` of them where its share of the length is less."""
+        return length if self.keep == 0 else min(self.keep, max(least, int(self.share * length)))
 
 
 STAGES = (Stage(256, 8, 0, 1.0, 32), Stage(32, 8, 32768, 1 / 4, 16), Stage(8, 8, 8192, 1 / 16, 8))
@@ -146,6 +147,7 @@ class _Search:
         self.settings = settings
         (self.batch, heads, self.rows, self.width), (_, self.kv_heads, self.length, _) = q.shape, k.shape
         self.blocks = -(-self.rows // settings.block_q)
+        self.least = LEAST_KEPT if self.rows > 1 else LEAST_OF_TOKEN
         device = q.device
         self.place = ends[:, None] - self.rows + torch.arange(self.blocks, device=device) * settings.block_q
         # One past the last slot that a list may name, the end of a whole block: what follows is in the window.
@@ -223,7 +225,7 @@ class _Search:
             kept: takes what the later ones look at.
         """
         for stage, following in zip(stages, (*stages[1:], None), strict=True):
-            wanted = self.settings.k if following is None else following.kept(self.length)
+            wanted = self.settings.k if following is None else following.kept(self.length, self.least)
             chunks = self._best(some, chunks, stage, wanted // stage.chunk)
             if following is None:
                 break

@@ -73,7 +73,8 @@ def test_what_stands_out_is_found(place: int) -> None:
 def test_stages_keep_what_the_length_allows() -> None:
     first, second, last = HipSettings().stages
     assert [stage.kept(1 << 20) for stage in (first, second, last)] == [1 << 20, 32768, 8192]
-    assert [stage.kept(16384) for stage in (first, second, last)] == [16384, 4096, 2048]
+    assert [stage.kept(16384) for stage in (first, second, last)] == [16384, 4096, 4096]
+    assert [stage.kept(16384, 2048) for stage in (first, second, last)] == [16384, 4096, 2048]
 
 
 @pytest.mark.parametrize("representative", ["first", "center", "last", "random"])
