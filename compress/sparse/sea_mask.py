@@ -104,9 +104,7 @@ def prompt(
             raise ValueError(f"a prompt's lists need the queries of all its tokens: {rows} rows, {count} tokens")
         tokens = q[one, :, rows - count :], k[one, :, first:end], v[one, :, first:end]
         found.append(_sequence(estimator, tokens, budget, rows, first))
-    state = State.together([part.state for part in found])
-    scales, mean = (_joined([getattr(part, name) for part in found], 0) for name in ("scales", "mean"))
-    return Found(_together([part.blocks for part in found], 0), state, scales, mean)
+    return _batch(found)
 
 
 @torch.no_grad()
@@ -146,6 +144,11 @@ def chunk(estimator: Estimator, q: Tensor, k: Tensor, v: Tensor, budget: Budget,
     for b in range(len(q)):
         own = torch.tensor([b], device=q.device)
         found.append(_sequence(estimator, (q[own], k[own], v[own]), budget, q.shape[2], 0, state.select(own)))
+    return _batch(found)
+
+
+def _batch(found: list[Found]) -> Found:
+    """Of sequences that were treated one after another."""
     scales, mean = (_joined([getattr(part, name) for part in found], 0) for name in ("scales", "mean"))
     blocks = _together([part.blocks for part in found], 0)
     return Found(blocks, State.together([part.state for part in found]), scales, mean)
