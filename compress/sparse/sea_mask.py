@@ -93,7 +93,7 @@ def prompt(
         bounds: first slot of every sequence and one past its last ``[B, 2]``; None: all slots of all.
 
     Raises:
-        ValueError: a sequence of more tokens than rows (the estimator needs them all, see `step`), or of none.
+        ValueError: a sequence of more tokens than rows (the estimator needs them all, see :func:`chunk`), or of none.
     """
     rows = q.shape[2]
     spans = [[0, k.shape[2]]] * len(q) if bounds is None else bounds.tolist()
@@ -105,27 +105,6 @@ def prompt(
         tokens = q[one, :, rows - count :], k[one, :, first:end], v[one, :, first:end]
         found.append(_sequence(estimator, tokens, budget, rows, first))
     return _batch(found)
-
-
-@torch.no_grad()
-def step(
-    estimator: Estimator, q: Tensor, k: Tensor, v: Tensor, budget: Budget, state: State, first: Tensor | None = None
-) -> Found:
-    """Lists for new rows, usually one, at a cost that doesn't grow with the tokens before them but for the list itself.
-
-    Args:
-        estimator: of the layer.
-        q: queries of the new tokens ``[B, H, n, D]``.
-        k: their keys ``[B, Hkv, n, D]``.
-        v: their values ``[B, Hkv, n, D]``.
-        budget: see there.
-        state: after the tokens before them.
-        first: slot of every sequence's first token ``[B]``; None: 0.
-    """
-    rows: Rows = estimator(q, k, v, state)
-    start = torch.zeros_like(state.tokens) if first is None else first
-    blocks = block_lists(rows.logits.softmax(-1), rows.state.tokens, budget, start, estimator.shape.kv_heads)
-    return Found(blocks, rows.state, rows.scales, rows.mean)
 
 
 @torch.no_grad()

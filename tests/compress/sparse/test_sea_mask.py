@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.sparse import sea_mask
 from compress.sparse.sea import Estimator
-from compress.sparse.sea_mask import Budget, block_lists, pool, prompt, step
+from compress.sparse.sea_mask import Budget, block_lists, chunk, pool, prompt
 from compress.sparse.sea_pixels import first_key
 
 BUDGET = Budget(keys=12, block_q=8, block_k=4, sink=3, window=10, apart=False)
@@ -141,21 +141,10 @@ def test_lists_of_new_tokens_are_those_of_the_whole(new: int) -> None:
     state = prompt(model, *(x[:, :, :start] for x in (q, k, v)), budget).state
     for begin in range(start, 120, new):
         part = slice(begin, begin + new)
-        found = step(model, q[:, :, part], k[:, :, part], v[:, :, part], budget, state)
+        found = chunk(model, q[:, :, part], k[:, :, part], v[:, :, part], budget, state)
         state = found.state
         for b in range(2):
             assert lists(found.blocks)[b] == [head[part] for head in whole[b]]
-
-
-def test_new_tokens_of_padded_sequences_have_slots() -> None:
-    model, (q, k, v) = estimator(), drawn(64)
-    budget = replace(BUDGET, block_q=1)
-    state = prompt(model, *(x[:, :, :63] for x in (q, k, v)), budget).state
-    new = [x[:, :, 63:] for x in (q, k, v)]
-    plain_lists = lists(step(model, *new, budget, state).blocks)[0]
-    moved = lists(step(model, *new, budget, state, torch.tensor([9])).blocks)[0]
-    assert any(starts for head in plain_lists for starts in head)
-    assert moved == [[[start + 9 for start in starts] for starts in head] for head in plain_lists]
 
 
 def test_ties_are_settled_the_same_way_every_time() -> None:
@@ -164,7 +153,7 @@ def test_ties_are_settled_the_same_way_every_time() -> None:
     budget = replace(BUDGET, block_q=1, keys=7)
     whole = lists(prompt(model, q, k, v, budget).blocks)[0]
     state = prompt(model, *(x[:, :, :119] for x in (q, k, v)), budget).state
-    found = step(model, *(x[:, :, 119:] for x in (q, k, v)), budget, state)
+    found = chunk(model, *(x[:, :, 119:] for x in (q, k, v)), budget, state)
     assert lists(found.blocks)[0] == [head[119:] for head in whole]
 
 
