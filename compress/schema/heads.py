@@ -45,7 +45,7 @@ class Heads(Section):
     budget_tokens: int = Field(default=4096, ge=1, description="Tokens at which the retention has to hold.")
     sink: int = Field(default=64, ge=LEAST_SINK, description="First tokens that a streaming head sees.")
     recent: Annotated[int, Ge(BLOCK), AfterValidator(_blocks), Allowed(f"multiples of {BLOCK}")] = Field(
-        default=256, description="Newest tokens that a streaming head sees."
+        default=512, description="Newest tokens that a streaming head sees."
     )
     lengths: Annotated[tuple[Annotated[int, Ge(1)], ...], BeforeValidator(numbers), AfterValidator(distinct)] = Field(
         default=(1024, 2048), min_length=1, description="Tokens of the prompts that heads are profiled on."

@@ -72,7 +72,7 @@ def test_rules_are_the_grid_once_each() -> None:
 def test_rules_of_a_recipe_begin_with_full_attention_and_streaming_heads() -> None:
     rules = rules_of(Heads())
     assert rules[FULL].window.full
-    assert rules[STREAM] == Rule(64, Window(256, 0.0))
+    assert rules[STREAM] == Rule(64, Window(512, 0.0))
     assert len(rules) > 20
     assert not any(rule.window.full for rule in rules[1:])
 
@@ -80,7 +80,7 @@ def test_rules_of_a_recipe_begin_with_full_attention_and_streaming_heads() -> No
 def test_strides_are_rules_besides() -> None:
     plain, rules = rules_of(Heads()), rules_of(Heads(strides=(4, 16)))
     assert rules[:-2] == plain
-    assert rules[-2:] == tuple(Rule(64, Window(256, 0.0), Stride(every)) for every in (4, 16))
+    assert rules[-2:] == tuple(Rule(64, Window(512, 0.0), Stride(every)) for every in (4, 16))
 
 
 @pytest.mark.parametrize("length", [200, 320, 321, 500, 2048])
