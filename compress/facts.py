@@ -83,7 +83,7 @@ class ModelFacts:
 
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters that one decoder layer has, by names relative to it."""
-        return {name: self.layer_shapes[name] for name in kept(self.layer_shapes, self.family, self.shares.get(layer))}
+        return kept(self.layer_shapes, self.family, self.shares.get(layer))
 
     def window(self, layer: int) -> int | None:
         """The number of tokens (itself included) that a token of this layer sees, or None for all before it."""

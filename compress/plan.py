@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -202,12 +202,70 @@ class Head:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Residual:
+    """What a layer that takes scores adds to them: its own queries times its own keys, in a few rotary planes only.
+
+    ``S = gain S_source + sum over planes f of scale_f <q_f, k_f>``, before the softmax; a plane are the two channels
+    that rotary embedding turns together, so that positions are what they were.
+
+    Attributes:
+        planes: of every KV head, [KV heads][planes].
+        gain: of what is taken, [heads].
+        scale: of every plane, [heads][planes].
+    """
+
+    planes: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...]
+    gain: tuple[float, ...]
+    scale: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        sizes = {len(own) for own in self.planes} | {len(own) for own in self.scale}
+        if len(sizes) != 1 or 0 in sizes or any(len(set(own)) != len(own) for own in self.planes):
+            raise ValueError("a score residual needs as many planes, and scales, of every head, none of them twice")
+        if len(self.gain) != len(self.scale) or len(self.gain) % len(self.planes):
+            raise ValueError("a score residual needs a gain and scales of every query head")
+
+    @property
+    def rank(self) -> int:
+        """Channels of a key, which the layer caches."""
+        return 2 * len(self.planes[0])
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Share:
-    """What a layer takes from an earlier one instead of making its own: a mask, keys and values, or probabilities."""
+    """What a layer takes from an earlier one instead of making its own: a mask, keys and values, or probabilities.
+
+    Attributes:
+        mode: what is taken.
+        source: the earlier layer.
+        head_map: of mode ``attn``: its query head for each of the layer's; None for the same.
+        residual: of mode ``attn``: what is added to its scores.
+    """
 
     mode: Literal["mask", "kv", "attn"]
     source: int = Field(ge=0)
     head_map: tuple[int, ...] | None = None
+    residual: Residual | None = None
+
+    def __post_init__(self) -> None:
+        if self.residual is not None and self.mode != "attn":
+            raise ValueError(f"a score residual is of mode attn, not {self.mode}")
+
+    @property
+    def rank(self) -> int:
+        """Channels of the keys that the layer caches beside its values; 0 without a residual."""
+        return 0 if self.residual is None else self.residual.rank
+
+    def misfit(self, mark: Fingerprint) -> str | None:
+        """What of the residual doesn't fit a model, in words."""
+        own = self.residual
+        if own is None:
+            return None
+        if (len(own.planes), len(own.gain)) != (mark.kv_heads, mark.heads):
+            return f"a residual of {len(own.planes)} KV heads and {len(own.gain)} query heads"
+        if any(plane >= mark.head_dim // 2 for planes in own.planes for plane in planes):
+            return f"a residual in planes beyond {mark.head_dim // 2 - 1}"
+        return None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -384,7 +442,10 @@ def _layer(layer: Layer) -> dict[str, Any]:
         {"heads": ranges(index for index, _ in same), **_short(same[0][1])}
         for same in _runs(list(enumerate(layer.heads)))
     ]
-    return {"heads": heads} | {k: _plain(v) for k, v in (("perm", layer.perm), ("share", layer.share)) if v is not None}
+    found = {k: _plain(v) for k, v in (("perm", layer.perm), ("share", layer.share)) if v is not None}
+    if layer.share is not None and layer.share.residual is None:
+        found["share"].pop("residual")
+    return {"heads": heads} | found
 
 
 def _runs(numbered: list[tuple[int, Any]]) -> list[list[tuple[int, Any]]]:
@@ -420,6 +481,8 @@ def _faults(plan: AttentionPlan) -> Iterator[str]:
             heads = layer.share.head_map
             if heads is not None and (len(heads) != mark.heads or any(not 0 <= n < mark.heads for n in heads)):
                 yield f"layer {index}: share.head_map isn't a query head, 0 to {mark.heads - 1}, for each of them"
+            if (misfit := layer.share.misfit(mark)) is not None:
+                yield f"layer {index} has {misfit}"
     for name, rows in plan.scores.items():
         if len(rows) != mark.layers or any(len(row) != mark.kv_heads for row in rows):
             yield f"scores.{name} aren't a number for each of {mark.layers} layers and {mark.kv_heads} KV heads"

@@ -166,16 +166,19 @@ def _compile(plan: AttentionPlan, index: int, spans: list[int], length: int, nat
         window=torch.tensor(spans, dtype=torch.int32),
         capacity=torch.tensor(capacity, dtype=torch.int32),
         kernel=_kernel(layer, sliding),
-        nbytes=_shared_bytes(layer, sum(sizes, KVBytes(0, 0, 0))),
+        nbytes=_shared_bytes(layer, sum(sizes, KVBytes(0, 0, 0)), plan.fingerprint.head_dim),
     )
 
 
-def _shared_bytes(layer: Layer, own: KVBytes) -> KVBytes:
-    """What a layer keeps of keys and values: only these where it takes probabilities, nothing where it takes both."""
+def _shared_bytes(layer: Layer, own: KVBytes, head_dim: int) -> KVBytes:
+    """What a layer keeps of keys and values: nothing where it takes both, values where it takes probabilities.
+
+    With a score residual it keeps some channels of keys too.
+    """
     if layer.share is None or layer.share.mode == "mask":
         return own
-    part = 2 if layer.share.mode == "attn" else 0
-    return KVBytes(*(nbytes // part if part else 0 for nbytes in (own.payload, own.stored, own.allocated)))
+    part = head_dim + layer.share.rank if layer.share.mode == "attn" else 0
+    return KVBytes(*(nbytes * part // (2 * head_dim) for nbytes in (own.payload, own.stored, own.allocated)))
 
 
 def _strided(head: Head, first: int, end: int) -> int:

@@ -144,6 +144,10 @@ class PlanWriter:
             raise self._error(f"{place} maps {len(share.head_map)} heads", allowed=f"{queries} query heads")
         if share.head_map is not None and any(not 0 <= head < queries for head in share.head_map):
             raise self._error(f"{place} maps heads to {sorted(set(share.head_map))}", allowed=f"0 to {queries - 1}")
+        if (misfit := share.misfit(self._plan.fingerprint)) is not None:
+            raise self._error(
+                f"{place} has {misfit}", allowed=f"planes 0 to {self._plan.fingerprint.head_dim // 2 - 1}"
+            )
         layers = list(self._plan.layers)
         layers[layer] = replace(layers[layer], share=share)
         self._plan = replace(self._plan, layers=tuple(layers))

@@ -8,23 +8,24 @@ from compress.kv.growing import GrowingLayer
 
 
 class ValuesLayer(GrowingLayer):
-    """Values only, of a layer that takes its probabilities; its keys have no width.
+    """Values only, of a layer that takes its probabilities; its keys have no width, or that of a score residual.
 
     Args:
         index: of the layer, for messages.
+        rank: width of its keys.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, rank: int = 0) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.rank = index, rank
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append values [batch, heads, new, head_dim], with keys [batch, heads, new, 0].
+        """Append values [batch, heads, new, head_dim], with keys [batch, heads, new, rank].
 
         Raises:
-            ValueError: there are keys: the model has this layer's own attention still.
+            ValueError: there are other keys: the model has this layer's own attention still.
         """
-        if key_states.shape[-1]:
+        if key_states.shape[-1] != self.rank:
             raise _unshared(self.index)
         return super().update(key_states, value_states, *args, **kwargs)
 

@@ -86,7 +86,7 @@ class PlanCache(Cache):
         own = self.plan.layers[index]
         rules = _rules(own)
         if own.share is not None and own.share.mode != "mask":
-            return ValuesLayer(index) if own.share.mode == "attn" else NothingLayer(index)
+            return ValuesLayer(index, own.share.rank) if own.share.mode == "attn" else NothingLayer(index)
         if list(rules) == [Head()]:
             return GrowingLayer()
         clusters = [

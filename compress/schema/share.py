@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MultipleOf
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from compress.calibrate.errors import InputError
@@ -93,6 +93,11 @@ class Sharing(Section):
         description="What is fitted to the dense model's attention outputs, layer by layer: none, the output projection"
         " (in closed form), or the value projection too (echoatt; in turn).",
     )
+    score_rank: Annotated[int, Ge(0), MultipleOf(2), Allowed("an even integer >= 0")] = Field(
+        default=0,
+        description="echoatt: channels of queries and keys that a layer keeps to correct the scores that it takes (a"
+        " low-rank residual, in closed form), out of a head's; it caches as many channels of keys. 0: none.",
+    )
     damp: Annotated[float, Gt(0)] = Field(
         default=0.01, description="Ridge of the fit, as a share of the mean square of its inputs."
     )
@@ -150,4 +155,7 @@ class Sharing(Section):
         if self.method == "kvsharer" and self.refit == "values":
             problem = "layers that take keys and values have no value projection"
             raise InputError("share.refit", self.refit, problem, allowed="none, output")
+        if self.score_rank and (self.method == "kvsharer" or self.refit == "none"):
+            problem = "corrects scores that are taken, and is fitted before the output projection"
+            raise InputError("share.score_rank", self.score_rank, problem, allowed="0 with kvsharer or refit=none")
         return self

@@ -5,7 +5,7 @@ a config names a model type that transformers doesn't know, in words, and for th
 activation that no library has. Both are kept beside them. Which layers share stands in the attention plan alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,10 +27,22 @@ DROPPED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Modules of a consumer's attention that it has no use for, by mode."""
 
 
-def kept(names: Iterable[str], family: Family, share: Share | None) -> list[str]:
-    """Of the parameters of one decoder layer, by names relative to it, those that it has if it shares."""
-    gone = () if share is None else tuple(f"{family.attention}.{module}." for module in DROPPED[share.mode])
-    return [name for name in names if not name.startswith(gone)] if gone else list(names)
+def kept(shapes: Mapping[str, tuple[int, ...]], family: Family, share: Share | None) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of one decoder layer, shapes by names relative to it, those that it has if it shares.
+
+    With a score residual these are some rows of the query and key projections, too.
+    """
+    if share is None or not DROPPED[share.mode]:
+        return dict(shapes)
+    rows: dict[str, int] = {}
+    if share.residual is not None:
+        heads = {"q_proj": len(share.residual.gain), "k_proj": len(share.residual.planes)}
+        rows = {f"{family.attention}.{module}.": count * share.rank for module, count in heads.items()}
+    gone = tuple({f"{family.attention}.{module}." for module in DROPPED[share.mode]} - set(rows))
+    found = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
+    for part, count in rows.items():
+        found |= {name: (count, *shape[1:]) for name, shape in found.items() if name.startswith(part)}
+    return found
 
 
 def shares_of(plan: AttentionPlan | None) -> dict[int, Share]:

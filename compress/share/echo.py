@@ -30,6 +30,7 @@ class Led:
         mask: as sdpa takes it, [B, 1, R, T] bool or float, or None for causal attention of the last R tokens.
         scaling: factor of the scores.
         weights: probabilities [B, H, 1, T] where R is 1, else None.
+        scores: what they are the softmax of, without the mask.
     """
 
     query: Tensor
@@ -38,6 +39,7 @@ class Led:
     mask: Tensor | None
     scaling: float
     weights: Tensor | None
+    scores: Tensor | None = None
 
     def output(self) -> Tensor:
         """The owner's own attention of one token, [B, H, 1, D]."""
@@ -58,6 +60,31 @@ class Led:
         values = value if head_map is None else value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return self._attended(query, key, values)
 
+    def corrected(self, value: Tensor, head_map: Tensor | None, own: "Own") -> Tensor:
+        """``softmax(gain Q_s K_s^T + Q K^T) V``: the attention of a consumer with a score residual, [B, H, R, D].
+
+        Args:
+            value: the consumer's own values [B, Hkv, T, D].
+            head_map: as :meth:`echoed` has it.
+            own: the residual.
+        """
+        if self.scores is not None:
+            taken = self.scores if head_map is None else self.scores[:, head_map]
+            scores = taken * own.gain[:, None, None].to(taken) + scored(own.query, own.key, self.scaling)
+            return mixed(normalized(scores, self.mask), value)
+        query, key = self.joined(head_map, own)
+        values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        wide = torch.nn.functional.pad(values, (0, query.shape[3] - value.shape[3]))  # flash attention wants one width
+        return self._attended(query, key, wide)[..., : value.shape[3]]
+
+    def joined(self, head_map: Tensor | None, own: "Own") -> tuple[Tensor, Tensor]:
+        """Queries [B, H, R, D + r] and keys [B, H, T, D + r] of the same attention, of every head."""
+        query, key = self.mapped(head_map)
+        heads = query.shape[1]
+        taken = query * own.gain[:, None, None].to(query)
+        keys = [part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, own.key)]
+        return torch.cat([taken, own.query], 3), torch.cat(keys, 3)
+
     def mapped(self, head_map: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries [B, H, R, D] and keys [B, Hkv, T, D] of a consumer's attention; with a map keys of every head."""
         if head_map is None:
@@ -74,6 +101,21 @@ class Led:
         return out.transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Own:
+    """What a consumer adds to the scores that it takes.
+
+    Attributes:
+        query: scaled, after rotary embedding, [B, H, R, r].
+        key: [B, Hkv, T, r].
+        gain: of what is taken, [H].
+    """
+
+    query: Tensor
+    key: Tensor
+    gain: Tensor
+
+
 class Echo(threading.local):
     """The owners' attention of the pass at hand, by layer; a copy of a model has one of its own."""
 
@@ -88,8 +130,9 @@ class Echo(threading.local):
         Returns:
             Its output [B, H, 1, D] where one token is written, else None: the caller attends as ever.
         """
-        weights = probabilities(query, key, mask, scaling) if query.shape[2] == 1 else None
-        self._led[layer] = led = Led(query, key, value, mask, scaling, weights)
+        scores = scored(query, key, scaling) if query.shape[2] == 1 else None
+        weights = None if scores is None else normalized(scores, mask)
+        self._led[layer] = led = Led(query, key, value, mask, scaling, weights, scores)
         return None if weights is None else led.output()
 
     def put(self, layer: int, led: Led) -> None:
@@ -118,16 +161,20 @@ class Echo(threading.local):
         return Echo, ()
 
 
-def probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """``softmax(q K^T)`` of one row, [B, H, 1, T], the mask bool or added."""
+def scored(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """``q K^T`` of one row, [B, H, 1, T]."""
     batch, heads, _, width = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
     scores = (grouped @ key.transpose(2, 3)) * scaling  # [B, Hkv, group, T]
-    scores = scores.view(batch, heads, 1, tokens)
+    return scores.view(batch, heads, 1, tokens)
+
+
+def normalized(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of scores [B, H, 1, T], the mask bool or added."""
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
 def mixed(weights: Tensor, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the attention function ``compress_plan`` fills.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from compress.fingerprint import fingerprint_of
 from compress.kv.attention import NAME
 from compress.kv.growing import GrowingLayer
 from compress.plan import Share
-from compress.share.echo import ECHO, Echo, Led
+from compress.share.echo import ECHO, Echo, Led, Own
 
 
 class Consumer(nn.Module):
@@ -58,8 +59,12 @@ class AttentionConsumer(Consumer):
         value = self.v_proj(hidden_states).view(batch, rows, -1, self.head_dim).transpose(1, 2)
         if past_key_values is not None:
             value = self.kept(value, past_key_values)
+        return self._projected(self.mixed(value)), None
+
+    def mixed(self, value: Tensor, *_: Any) -> Tensor:
+        """Its attention [B, H, R, D] of its values [B, Hkv, T, D]."""
         led: Led = self.echo.of(self.source)
-        return self._projected(led.echoed(value, self.head_map)), None
+        return led.echoed(value, self.head_map)
 
     def looks(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries [B, H, R, D] and keys of its attention."""
@@ -71,6 +76,88 @@ class AttentionConsumer(Consumer):
         width = 0 if isinstance(layer, GrowingLayer) else 1  # transformers counts and reorders tokens by their keys
         held: Tensor = past.update(value[..., :width], value, self.layer_idx)[1]
         return held
+
+
+class ResidualConsumer(AttentionConsumer):
+    """Scores of an earlier layer and its own in a few rotary planes, times its own values.
+
+    Queries and keys are rows of the projections that it had, and scales belong to the plan.
+
+    Raises:
+        ValueError: its queries and keys have norms, which need all of their channels; packed projections.
+    """
+
+    def __init__(self, former: Any, share: Share, echo: Echo) -> None:
+        super().__init__(former, share, echo)
+        own = share.residual
+        assert own is not None
+        if hasattr(former, "q_norm"):
+            raise ValueError(f"layer {self.layer_idx}: queries and keys with norms have no score residual")
+        planes = torch.tensor(own.planes)
+        channels = torch.cat([planes, planes + self.head_dim // 2], 1)  # [Hkv, r]
+        heads, group = len(own.gain), len(own.gain) // len(own.planes)
+        owner = torch.arange(heads) // group
+        self.q_proj = _rows(former.q_proj, (torch.arange(heads)[:, None] * self.head_dim + channels[owner]).flatten())
+        self.k_proj = _rows(former.k_proj, (torch.arange(len(planes))[:, None] * self.head_dim + channels).flatten())
+        self.rank, self.group = own.rank, group
+        self.register_buffer("channels", channels, False)
+        self.register_buffer("gain", torch.tensor(own.gain), False)
+        self.register_buffer("scale", torch.tensor(own.scale).repeat(1, 2), False)  # [H, r]
+        self.channels: Tensor
+        self.gain: Tensor
+        self.scale: Tensor
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """The layer's attention output [B, R, hidden]; the signature is transformers'."""
+        assert position_embeddings is not None
+        batch, rows, _width = hidden_states.shape
+        value = self.v_proj(hidden_states).view(batch, rows, -1, self.head_dim).transpose(1, 2)
+        own = self._own(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(own.key, value, self.layer_idx)
+            own = replace(own, key=key)
+        return self._projected(self.echo.of(self.source).corrected(value, self.head_map, own)), None
+
+    def mixed(self, value: Tensor, *given: Any) -> Tensor:
+        """Its attention of its values [B, Hkv, T, D], for hidden states [B, T, hidden] and their positions."""
+        return self.echo.of(self.source).corrected(value, self.head_map, self._own(*given))
+
+    def looks(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H, R, D + r] of its attention."""
+        own = self._own(hidden_states, position_embeddings)
+        return self.echo.of(self.source).joined(self.head_map, own)
+
+    def _own(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Own:
+        batch, rows, _width = hidden_states.shape
+        cos, sin = (table[..., self.channels].transpose(1, 2) for table in position_embeddings)  # [B, Hkv, R, r]
+        query, key = (
+            part(hidden_states).view(batch, rows, -1, self.rank).transpose(1, 2) for part in (self.q_proj, self.k_proj)
+        )
+        key = key * cos + rotate_half(key) * sin
+        cos, sin = (table.repeat_interleave(self.group, dim=1) for table in (cos, sin))
+        query = (query * cos + rotate_half(query) * sin) * self.scale[:, None].to(query)
+        return Own(query, key, self.gain)
+
+
+def _rows(linear: Any, rows: Tensor) -> nn.Linear:
+    """A linear layer of some outputs of another, dense one; on the meta device without weights."""
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"a score residual is made of dense projections, not of {type(linear).__name__}")
+    found = nn.Linear(
+        linear.in_features, len(rows), bias=linear.bias is not None, device="meta", dtype=linear.weight.dtype
+    )
+    if linear.weight.device.type == "meta":
+        return found
+    for name, tensor in list(linear.named_parameters()):
+        picked = tensor.detach()[rows.to(tensor.device)].clone()
+        setattr(found, name, nn.Parameter(picked, requires_grad=tensor.requires_grad))
+    return found
 
 
 class KeyValueConsumer(Consumer):
@@ -102,6 +189,18 @@ class KeyValueConsumer(Consumer):
 CONSUMERS: Mapping[str, type[Consumer]] = {"attn": AttentionConsumer, "kv": KeyValueConsumer}
 
 
+def consumer_of(former: Any, share: Share, echo: Echo) -> Consumer:
+    """What takes the place of an attention module.
+
+    Args:
+        former: the module.
+        share: what is taken, and from which layer.
+        echo: of the model.
+    """
+    kind = CONSUMERS[share.mode] if share.residual is None else ResidualConsumer
+    return kind(former, share, echo)
+
+
 def share_layers(model: PreTrainedModel, shares: Mapping[int, Share]) -> None:
     """Exchange the attention modules of layers that share; what they don't need any more is gone from the model.
 
@@ -127,7 +226,7 @@ def share_layers(model: PreTrainedModel, shares: Mapping[int, Share]) -> None:
         setattr(_attention(decoder, family, source), ECHO, echo)
     for layer, share in taken.items():
         former = _attention(decoder, family, layer)
-        consumer = CONSUMERS[share.mode](former, share, echo).train(former.training)
+        consumer = consumer_of(former, share, echo).train(former.training)
         setattr(decoder.layers[layer], family.attention, consumer)
     decoder.register_forward_hook(_Forget(echo), always_call=True)
     model.set_attn_implementation(NAME)
@@ -175,3 +274,5 @@ def _check(decoder: Any, family: Family, layer: int, share: Share, shares: Mappi
         len(share.head_map) != heads or not all(0 <= head < heads for head in share.head_map)
     ):
         raise ValueError(f"layer {layer} maps heads {share.head_map}, the model has {heads}")
+    if (misfit := share.misfit(fingerprint_of(decoder.config))) is not None:
+        raise ValueError(f"layer {layer} has {misfit}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.calibrate.stream import ActivationFile
+from compress.plan import Residual
 from compress.share.modules import AttentionConsumer
 from compress.share.trial import Course, Fitted, Trial, whole
 
@@ -33,11 +34,13 @@ class Fit:
         fitted: the projections.
         before: squared error with the layer's own projections, as a share of the squared output.
         after: the same with the fitted ones, on the windows that they were fitted on.
+        scores: the score residual and its errors, see :func:`compress.share.residual.fit_scores`.
     """
 
     fitted: Fitted
     before: float
     after: float
+    scores: tuple[Residual, float, float] | None = None
 
 
 def targets(trial: Trial, course: Course, layer: int, path: Path) -> ActivationFile:
@@ -163,7 +166,7 @@ def _gradient(problem: _Problem, weight: Tensor, against_target: bool) -> Tensor
             bias, output_bias = (getattr(attention, name).bias for name in ("v_proj", "o_proj"))
             value = torch.nn.functional.linear(normed, own, bias if against_target else None)
             value = value.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-            mixed = attention.echo.of(attention.source).echoed(value, attention.head_map)
+            mixed = attention.mixed(value, normed, problem.trial.view.positions(normed))
             flat = mixed.transpose(1, 2).flatten(2)
             given = torch.nn.functional.linear(flat, attention.o_proj.weight, output_bias if against_target else None)
             apart = given[0] - wanted if against_target else given[0]

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from compress.events import Message, StepDone
 from compress.job import Job
 from compress.kv.copying import best, copying_scores, how_many
-from compress.plan import Share
+from compress.plan import Residual, Share
 from compress.schema import Sharing
 from compress.share import kvsharer
 from compress.share.modules import share_layers
@@ -120,6 +121,7 @@ class Sharer:
                 bench.held.changed(min(shares))
                 self.job.folder.save()
             losses["fitted"] = bench.add_all(shares, done, self._keep)
+            shares = bench.shares()
             self.job.folder.save()
         bench.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -211,16 +213,20 @@ class Sharer:
     def _fits(self) -> dict[int, Fit]:
         """Fits that an earlier attempt has finished."""
         found = {}
-        for layer, (before, after) in self.state.get("fits", {}).items():
+        for layer, (before, after, scores) in self.state.get("fits", {}).items():
             kept = load_file(self.job.folder.path / _fit_file(int(layer)))
-            found[int(layer)] = Fit(Fitted(kept["output"], kept.get("value")), before, after)
+            scores = None if scores is None else (TypeAdapter(Residual).validate_python(scores[0]), *scores[1:])
+            found[int(layer)] = Fit(Fitted(kept["output"], kept.get("value")), before, after, scores)
         return found
 
     def _keep(self, layer: int, found: Fit) -> None:
         self.job.folder.save_tensors(_fit_file(layer), found.fitted.tensors())
-        self.state.setdefault("fits", {})[str(layer)] = [found.before, found.after]
+        scores = None if found.scores is None else [asdict(found.scores[0]), *found.scores[1:]]
+        self.state.setdefault("fits", {})[str(layer)] = [found.before, found.after, scores]
         self.job.folder.save()
         told = f"layer {layer} fitted: relative output error {found.before:.4f} -> {found.after:.4f}"
+        if found.scores is not None:
+            told += f", scores {found.scores[1]:.4f} -> {found.scores[2]:.4f}"
         self.job.emit(Message(f"share: {told}"))
 
     def _tell(self, told: str, begun: float) -> None:

@@ -53,6 +53,7 @@ class ShareStage:
             problem = f"no layer of the model's {facts.num_layers} is left that may take from another"
             allowed = f"at most {max(2, facts.num_layers - settings.last - 2)}"
             raise InputError("share.first", settings.first, problem, allowed=allowed, fix="lower share.last or first")
+        _check_rank(facts, settings)
         _check_text(facts, settings, text)
         if settings.distill:
             distill_text.check_text(distillation(settings), _windows(settings, text), text.seq_len)
@@ -165,6 +166,21 @@ def _plan(job: Job, settings: Sharing, shares: dict[int, Share]) -> AttentionPla
     for layer, share in sorted(shares.items()):
         writer.share(layer, share)
     return writer.finish()
+
+
+def _check_rank(facts: ModelFacts, settings: Sharing) -> None:
+    """Whether scores can be corrected.
+
+    Raises:
+        InputError: they can't.
+    """
+    rank = settings.score_rank
+    if rank > facts.head_dim:
+        allowed = f"at most {facts.head_dim}, the channels of a head"
+        raise InputError("share.score_rank", rank, "is more than a head has", allowed=allowed)
+    if rank and facts.family.qk_norm:
+        problem = "keeps some channels of queries and keys, and this family's norms of them need all"
+        raise InputError("share.score_rank", rank, problem, allowed="0 for this model")
 
 
 def _check_text(facts: ModelFacts, settings: Sharing, text: Calibration) -> None:

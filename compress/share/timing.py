@@ -78,7 +78,7 @@ def _filled(model: PreTrainedModel, plan: AttentionPlan, length: int) -> PlanCac
         if mode != "kv":
             states = [torch.randn(1, mark.kv_heads, length, mark.head_dim, generator=generator) for _ in "kv"]
             keys, values = (part.to(model.device, model.dtype) for part in states)
-            cache.update(keys[..., :0] if mode == "attn" else keys, values, index)
+            cache.update(keys[..., : layer.share.rank] if layer.share is not None else keys, values, index)
     return cache
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from compress.model import ModelView
 from compress.plan import Share
 from compress.schema import Sharing
-from compress.share.config import DROPPED
+from compress.share.config import kept
 from compress.share.pairs import MODES
 from compress.share.refit import Fit
 from compress.share.similarity import Similarity
@@ -27,10 +26,13 @@ def layers_told(shares: dict[int, Share], fits: dict[int, Fit], similarity: Simi
         heads = None if share.head_map is None else list(share.head_map)
         entry = {
             "layer": layer,
-            **asdict(share),
+            "mode": share.mode,
+            "source": share.source,
             "head_map": heads,
             **dict(zip(("error_before", "error_after"), errors, strict=True)),
         }
+        if fit is not None and fit.scores is not None:
+            entry |= {"score_rank": share.rank, "score_error_before": fit.scores[1], "score_error_after": fit.scores[2]}
         if similarity is not None:
             entry["cosine"] = float(similarity.cosines()[layer, share.source])
         found.append(entry)
@@ -66,12 +68,12 @@ def found_told(
 
 def _savings(view: ModelView, shares: dict[int, Share]) -> dict[str, Any]:
     """Parameters that are gone, and the share of the KV cache of 16 bits that is."""
-    facts, family = view.facts, view.family
+    facts = view.facts
     gone = 0
     for layer, share in shares.items():
-        names = tuple(f"{family.attention}.{module}." for module in DROPPED[share.mode])
-        gone += sum(math.prod(shape) for name, shape in facts.shapes(layer).items() if name.startswith(names))
-    halves = sum(1 if share.mode == "attn" else 2 for share in shares.values())
+        dense = facts.shapes(layer)
+        gone += sum(map(math.prod, dense.values())) - sum(map(math.prod, kept(dense, view.family, share).values()))
+    halves = sum(1 - share.rank / facts.head_dim if share.mode == "attn" else 2 for share in shares.values())
     return {
         "dropped_parameters": gone,
         "dropped_share": round(gone / facts.num_params, 5),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -101,7 +102,7 @@ def read_order(folder: Path) -> Order:
     if not (folder / ORDER).is_file():
         raise InputError("FOLDER", folder, f"there is no {ORDER} in it", fix="begin with compress run")
     kept: dict[str, Any] = json.loads((folder / ORDER).read_text(encoding="utf-8"))
-    shares = {int(layer): Share(**_tupled(share)) for layer, share in kept["shares"].items()}
+    shares = {int(layer): TypeAdapter(Share).validate_python(share) for layer, share in kept["shares"].items()}
     ids, start = load_file(folder / WINDOWS)["ids"], load_file(folder / START)
     return Order(kept["model"], shares, Distillation(**kept["settings"]), ids, start, kept["seed"])
 
@@ -145,8 +146,3 @@ def _launch(processes: int, folder: Path, tell: Callable[[events.Event], None]) 
             f"a process of the distillation failed with status {started.returncode}",
             fix="its own words are above; the same command goes on from what is kept",
         )
-
-
-def _tupled(share: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples."""
-    return {**share, "head_map": None if share["head_map"] is None else tuple(share["head_map"])}

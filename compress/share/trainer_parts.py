@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from compress.plan import Share
 
-KEPT = ("q_proj", "v_proj", "o_proj")  # of a consumer; with mode attn there is no q_proj, with mode kv no v_proj
+KEPT = ("q_proj", "k_proj", "v_proj", "o_proj")  # of a consumer, those of them that it has
 
 
 def consumers(shares: Mapping[int, Share]) -> list[int]:

@@ -19,7 +19,7 @@ from compress.families import FAMILIES
 from compress.heads.layers import Layers
 from compress.plan import Share
 from compress.share.echo import ECHO, Echo
-from compress.share.modules import CONSUMERS
+from compress.share.modules import consumer_of
 
 HEAD_TOKENS = 256  # whose logits exist at once
 
@@ -79,7 +79,7 @@ class Trial:
         for index, dense in enumerate(self.dense):
             module = dense
             if index in shares:
-                module = CONSUMERS[shares[index].mode](dense, shares[index], self._echo)
+                module = consumer_of(dense, shares[index], self._echo)
             setattr(self._decoder.layers[index], self._name, module)
             if index in sources:
                 setattr(dense, ECHO, self._echo)
@@ -89,6 +89,12 @@ class Trial:
         self._marks.clear()
         for index, own in (fitted or {}).items():
             self.put(index, own)
+
+    def exchange(self, index: int, share: Share) -> None:
+        """Let a layer that shares do it in another way, from the same layer; its projections are its own again."""
+        setattr(self._decoder.layers[index], self._name, consumer_of(self.dense[index], share, self._echo))
+        self.shares[index] = share
+        self._marks.pop(index, None)
 
     def put(self, index: int, fitted: Fitted) -> None:
         """Give a consumer fitted projections; the dense module's are left alone."""

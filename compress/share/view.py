@@ -12,7 +12,7 @@ from compress.checkpoint import Checkpoint
 from compress.model import ModelFacts, ModelView
 from compress.plan import Share
 from compress.share.echo import ECHO, Echo
-from compress.share.modules import CONSUMERS, share_layers
+from compress.share.modules import consumer_of, share_layers
 from compress.tap import NAME
 
 
@@ -30,7 +30,7 @@ class SharedView(ModelView):
         name, share = self.family.attention, self.facts.shares.get(layer)
         attention: Any = module.get_submodule(name)
         if share is not None:
-            setattr(module, name, CONSUMERS[share.mode](attention, share, self.echo))
+            setattr(module, name, consumer_of(attention, share, self.echo))
         elif any(other.source == layer for other in self.facts.shares.values()):
             setattr(attention, ECHO, self.echo)
             attention.config._attn_implementation = NAME

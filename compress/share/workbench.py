@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from compress.calibrate.stream import ActivationFile
-from compress.plan import Share
+from compress.plan import Residual, Share
 from compress.schema import Sharing
 from compress.share.pairs import MODES
 from compress.share.refit import Fit, fit, targets
+from compress.share.residual import fit_scores
 from compress.share.similarity import Similarity
 from compress.share.trial import Course, Fitted, Trial
 
@@ -150,6 +151,8 @@ class Workbench:
         for layer in sorted(layer for layer in everything if layer >= first):
             found = (done or {}).get(layer)
             if found is not None:
+                if found.scores is not None:
+                    self._correct(layer, found.scores[0])
                 self.trial.put(layer, found.fitted)
             elif (found := self._fit(layer)) is None:
                 continue
@@ -161,7 +164,14 @@ class Workbench:
     def _fit(self, layer: int) -> Fit | None:
         if not self.refits:
             return None
+        scores, damp = None, self.settings.damp
+        if self.settings.score_rank:
+            scores = fit_scores(self.trial, self.course, layer, self.settings.score_rank, damp)
+            self._correct(layer, scores[0])
         values = self.settings.refit == "values"
-        found = fit(self.trial, self.course, layer, self._targets[layer], self.settings.damp, values)
+        found = fit(self.trial, self.course, layer, self._targets[layer], damp, values)
         self.trial.forget()
-        return found
+        return replace(found, scores=scores)
+
+    def _correct(self, layer: int, residual: Residual) -> None:
+        self.trial.exchange(layer, replace(self.trial.shares[layer], residual=residual))
