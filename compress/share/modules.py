@@ -53,7 +53,13 @@ class AttentionConsumer(Consumer):
         super().__init__(former, share, echo)
         self.v_proj = former.v_proj
 
-    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **_: Any) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
         """The layer's attention output [B, R, hidden]; the signature is transformers'."""
         batch, rows, _width = hidden_states.shape
         value = self.v_proj(hidden_states).view(batch, rows, -1, self.head_dim).transpose(1, 2)

@@ -85,7 +85,7 @@ class ShareStage:
         """See :class:`compress.job.Stage`."""
         settings, _ = _present(job.recipe)
         started = time.perf_counter()
-        job.emit(StageStarted("share", WINDOWS, "windows of similarity"))
+        job.emit(StageStarted("share", WINDOWS if settings.method == "echoatt" else 0, "windows of similarity"))
         state = job.folder.stage(STATE)
         shares = taken_up(job)
         if shares is None:

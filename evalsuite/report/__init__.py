@@ -6,7 +6,7 @@ Everything on the page is in ``report.json``; every section is left out where th
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.evalsuite.report import costs, layers, needles, origin, scores, sharing, side_by_side, tuning
+from compress.evalsuite.report import costs, layers, needles, origin, scores, sharing, side_by_side, sinks, tuning
 from compress.evalsuite.report.blocks import Page
 from compress.evalsuite.report.comparison import Comparison, compare_reports
 from compress.evalsuite.report.page import to_html
@@ -26,6 +26,7 @@ SECTIONS = (
     layers.bits,
     tuning.tuning,
     sharing.sharing,
+    sinks.calibration,
     origin.check,
     origin.origin,
 )

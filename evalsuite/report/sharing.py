@@ -125,7 +125,24 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> list[Block]:
     )
     head = ("Takes", "From", "Cosine", "Output error", "After the refit")
     title = "Pairs, and the squared error of the layer's attention output as a share of the output"
-    return [Table(title, head, rows, frozenset({2, 3, 4}), stacked=True)]
+    return [Table(title, head, rows, frozenset({2, 3, 4}), stacked=True), *_scores(pairs)]
+
+
+def _scores(pairs: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What low-rank residuals make up for in the scores."""
+    rows = tuple(
+        (
+            f"layer {pair['layer']}",
+            str(pair["score_rank"]),
+            percent(pair["score_error_before"]),
+            percent(pair["score_error_after"]),
+        )
+        for pair in pairs
+        if pair.get("score_rank")
+    )
+    title = "Scores that are taken, corrected by channels of the layer's own; error as a share of the scores' variance"
+    head = ("Layer", "Channels kept", "Scores as taken", "Corrected")
+    return [Table(title, head, rows, frozenset({1, 2, 3}), stacked=True)] if rows else []
 
 
 def _heads(head_map: Sequence[int] | None) -> str:
