@@ -32,8 +32,9 @@ class Room:
         wanted = wanted if most is None else max(slots, min(wanted, most))
         for name in ("keys", "values"):
             former: Tensor = getattr(self, name)
-            room = former.new_zeros(*former.shape[:2], wanted, former.shape[3])
+            room = former.new_empty(*former.shape[:2], wanted, former.shape[3])
             room[:, :, :held] = former
+            room[:, :, held:] = 0
             setattr(self, name, room)
         return True
 
