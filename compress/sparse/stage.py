@@ -203,7 +203,8 @@ def _measurements(job: Job, settings: Sparse, model: PreTrainedModel, tokens: in
         dense = time.process_time() - start
         if heads := searching[seen.layer]:
             policy = finder(topk, search, 0, None if learned is None else learned.estimator(seen.layer))
-            found.append(_layer(seen.of(heads), policy, seen_tokens(settings)) | {"dense_seconds": dense})
+            share = len(heads) / seen.key.shape[1]  # of dense attention, which is all heads'
+            found.append(_layer(seen.of(heads), policy, seen_tokens(settings)) | {"dense_seconds": dense * share})
         return out
 
     model.base_model(input_ids=ids[None].to(job.device), tap=tap, use_cache=False)

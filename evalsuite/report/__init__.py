@@ -6,7 +6,18 @@ Everything on the page is in ``report.json``; every section is left out where th
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.evalsuite.report import costs, layers, needles, origin, scores, sharing, side_by_side, sinks, tuning
+from compress.evalsuite.report import (
+    costs,
+    layers,
+    needles,
+    origin,
+    scores,
+    searches,
+    sharing,
+    side_by_side,
+    sinks,
+    tuning,
+)
 from compress.evalsuite.report.blocks import Page
 from compress.evalsuite.report.comparison import Comparison, compare_reports
 from compress.evalsuite.report.page import to_html
@@ -26,6 +37,7 @@ SECTIONS = (
     layers.bits,
     tuning.tuning,
     sharing.sharing,
+    searches.searches,
     sinks.calibration,
     origin.check,
     origin.origin,
